@@ -129,7 +129,7 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype is None:
         return "auto"
     resolved = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    if resolved is None or resolved not in DTYPES.values():
         raise OptionError(f"dtype={dtype!r} cannot hold weights and keys. Choose one of {', '.join(DTYPES)}.")
     return resolved
 
