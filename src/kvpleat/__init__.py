@@ -1,0 +1,16 @@
+"""kvpleat: Dynamic Memory Compression for the key-value memory of transformers, while they run."""
+
+from kvpleat import errors, policies
+from kvpleat.accounting import MemoryReport
+from kvpleat.hf.attach import Pleated, attach, compress
+from kvpleat.hf.cache import PleatedCache
+
+__all__ = [
+    "MemoryReport",
+    "Pleated",
+    "PleatedCache",
+    "attach",
+    "compress",
+    "errors",
+    "policies",
+]

@@ -1,0 +1,278 @@
+"""PagedKVCache: the streams of some rows over the shared page pool. The sole owner of their entries.
+
+Every (row, layer, KV head) is a stream with its own length and pages; the entries of a stream are in order of position.
+Policies never come here: callers hand over what to append and which Decision to apply.
+"""
+
+import itertools
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpleat import accounting
+from kvpleat.cache.pages import FREE, PagePool
+from kvpleat.errors import CacheError
+from kvpleat.kernels import reference
+from kvpleat.types import Decision, KVShape, Rotary
+
+_owner_ids = itertools.count()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of one layer of one row, padded to the longest stream. Holes hold zeros.
+
+    Args:
+        live: [H, N]; keys, values: [H, N, D]; fields: side arrays, [H, N] each.
+    """
+
+    live: Tensor
+    keys: Tensor
+    values: Tensor
+    fields: dict[str, Tensor]
+
+
+class PagedKVCache:
+    """Entries of `num_rows` sequences.
+
+    Args:
+        pool: where the pages come from; shared by all caches of a model.
+        num_rows: sequences (R).
+        observation_window: last queries to remember per row and layer (W), 0 for none.
+        rotary: how keys rotate when entries merge; None for models without rotary embedding.
+    """
+
+    def __init__(self, pool: PagePool, num_rows: int, observation_window: int = 0, rotary: Rotary | None = None) -> None:
+        self.pool, self.shape, self.num_rows = pool, pool.shape, num_rows
+        self.observation_window, self.rotary = observation_window, rotary
+        self.owner = next(_owner_ids)
+        streams = (num_rows, self.shape.num_layers, self.shape.num_kv_heads)
+        device = pool.device
+        self.page_table = torch.full((*streams, 0), FREE, dtype=torch.int32, device=device)  # [R, L, H, M]
+        self.num_pages = torch.zeros(streams, dtype=torch.int32, device=device)  # [R, L, H] pages of each stream
+        self.lengths = torch.zeros(streams, dtype=torch.int32, device=device)  # [R, L, H] entries of each stream
+        window = (num_rows, self.shape.num_layers, self.shape.num_q_heads, observation_window, self.shape.head_dim)
+        self.queries = torch.zeros(window, dtype=self.shape.dtype, device=device)  # slot of a query: position % W
+        self.pages_in_use = self.peak_pages = 0
+        self.closed = False
+        self._pieces: dict[tuple[int, int, int], list[list[int]]] = {}  # host copy of the page table, as runs of slots
+        self._finalizer = weakref.finalize(self, _free_all, pool, self.owner)
+
+    # ---- reading
+
+    def entries(self, layer: int, row: int, names: tuple[str, ...] | None = None) -> Entries:
+        """The entries of one layer of one row; `names`: side arrays to read (default: all; keys and values always)."""
+        slots, live = self._slots(layer, row)
+        fields = {}
+        for name in self.shape.fields if names is None else names:
+            fields[name] = self.pool.slots(name)[slots].masked_fill_(~live, 0)
+        hole = ~live[..., None]
+        keys = self.pool.slots("key")[slots].masked_fill_(hole, 0)
+        return Entries(live, keys, self.pool.slots("value")[slots].masked_fill_(hole, 0), fields)
+
+    def field(self, name: str, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """One side array of one layer of one row, without keys and values: ([H, N] values, [H, N] live)."""
+        slots, live = self._slots(layer, row)
+        return self.pool.slots(name)[slots].masked_fill_(~live, 0), live
+
+    def pieces(self, layer: int, row: int, head: int) -> list[list[int]]:
+        """Runs of slots [first, count] that a stream occupies, in order; the last may reach past its length."""
+        return self._pieces.get((row, layer, head), [])
+
+    def observed_queries(self, layer: int, row: int, position: int) -> tuple[Tensor, Tensor]:
+        """The last min(W, position) queries before `position`: ([Q, w, D], [w] positions)."""
+        positions = torch.arange(max(0, position - self.observation_window), position, device=self.pool.device)
+        return self.queries[row, layer][:, positions % self.observation_window], positions
+
+    def _slots(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """[H, N] slot of each entry (0 for holes) and [H, N] live."""
+        lengths = self.lengths[row, layer]
+        index = torch.arange(int(lengths.max()), device=self.pool.device)
+        live = index < lengths[:, None]
+        pages = self.page_table[row, layer].long()[:, index // self.shape.page_size]
+        return torch.where(live, pages * self.shape.page_size + index % self.shape.page_size, 0), live
+
+    # ---- writing
+
+    def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Append T entries to every stream of one layer of one row.
+
+        Args:
+            keys, values: [H, T, D] after rotary embedding.
+            positions: [T] int32 token positions, ascending and above all positions in the streams.
+        """
+        self.append_rows(layer, [row], keys[None], values[None], positions[None])
+
+    def append_rows(self, layer: int, rows: list[int], keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """`append` for several rows at once: keys and values [r, H, T, D], positions [r, T]."""
+        self._check_open()
+        num_new = keys.shape[2]
+        for row in rows:
+            self._ensure_pages(layer, row, num_new)
+        index = self.lengths[rows, layer].long()[..., None] + torch.arange(num_new, device=self.pool.device)
+        pages = self.page_table[rows, layer].long().gather(-1, index // self.shape.page_size)
+        slots = (pages * self.shape.page_size + index % self.shape.page_size).flatten()
+        self.pool.slots("key").index_copy_(0, slots, keys.reshape(-1, keys.shape[-1]))
+        self.pool.slots("value").index_copy_(0, slots, values.reshape(-1, values.shape[-1]))
+        new = {"position": positions[:, None].expand(index.shape).flatten(), "log_weight": 0.0, "score": float("nan")}
+        for name in self.shape.fields:
+            self.pool.slots(name)[slots] = new[name]  # type: ignore[assignment]  # tensor or number, both are allowed
+        self.lengths[rows, layer] += num_new
+
+    def observe(self, layer: int, row: int, queries: Tensor, position: int) -> None:
+        """Remember the last W of T queries: [Q, T, D], the first one at `position`."""
+        kept = min(self.observation_window, queries.shape[1])
+        if kept:
+            first = position + queries.shape[1] - kept
+            slots = torch.arange(first, first + kept, device=queries.device) % self.observation_window
+            self.queries[row, layer].index_copy_(1, slots, queries[:, -kept:])
+
+    def apply(self, layer: int, row: int, decision: Decision) -> None:
+        """Carry out a policy's decision on one layer of one row: merge, evict, compact, and return the pages."""
+        self._check_open()
+        old = self.entries(layer, row)
+        keep = decision.keep & old.live
+        new: dict[str, Tensor] = {"key": old.keys, "value": old.values, **old.fields}
+        if decision.merge_into is not None:
+            assert decision.share is not None and decision.log_weights is not None
+            target = torch.where(old.live, decision.merge_into, -1)
+            new["key"], new["value"] = reference.merge_into(
+                old.keys, old.values, old.fields["position"], target, decision.share, self.rotary
+            )
+            new["log_weight"] = decision.log_weights
+        if decision.scores is not None:
+            new["score"] = decision.scores
+        self._rewrite(layer, row, keep, new, decision.reserve)
+
+    def _rewrite(self, layer: int, row: int, keep: Tensor, new: dict[str, Tensor], reserve: int) -> None:
+        """Replace the streams by their kept entries, in order, in fresh pages."""
+        counts = keep.sum(dim=1)
+        order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
+        kept = keep.gather(1, order)
+        self._release_streams(layer, row)
+        needed = -(-(counts + reserve) // self.shape.page_size) * (counts + reserve > 0)
+        self._give_pages(layer, row, needed.tolist())
+        self.lengths[row, layer] = counts.int()
+        slots, _ = self._slots(layer, row)
+        for name, content in new.items():
+            picked = order.view(*order.shape, *[1] * (content.dim() - 2)).expand(-1, -1, *content.shape[2:])
+            self.pool.slots(name)[slots[kept]] = content.gather(1, picked)[kept]
+
+    # ---- pages
+
+    def _ensure_pages(self, layer: int, row: int, num_new: int) -> None:
+        lengths, held = self.lengths[row, layer].tolist(), self.num_pages[row, layer].tolist()
+        size = self.shape.page_size
+        missing = [max(0, -(-(n + num_new) // size) - h) for n, h in zip(lengths, held, strict=True)]
+        if any(missing):
+            self._give_pages(layer, row, missing)
+
+    def _give_pages(self, layer: int, row: int, counts: list[int]) -> None:
+        """Add counts[h] pages to each stream of one layer of one row."""
+        runs = self.pool.allocate(counts, self.owner)
+        held = self.num_pages[row, layer].tolist()
+        longest = max(h + c for h, c in zip(held, counts, strict=True))
+        if longest > self.page_table.shape[-1]:
+            room = max(longest, 2 * self.page_table.shape[-1]) - self.page_table.shape[-1]
+            more = self.page_table.new_full((*self.page_table.shape[:-1], room), FREE)
+            self.page_table = torch.cat([self.page_table, more], dim=-1)
+        for head, (run, start) in enumerate(zip(runs, held, strict=True)):
+            self.page_table[row, layer, head, start : start + len(run)] = run
+            self._note_pieces((row, layer, head), run)
+        self.num_pages[row, layer] += torch.tensor(counts, dtype=torch.int32, device=self.pool.device)
+        self.pages_in_use += sum(counts)
+        self.peak_pages = max(self.peak_pages, self.pages_in_use)
+
+    def _note_pieces(self, stream: tuple[int, int, int], run: Tensor) -> None:
+        if self.pool.device.type != "cpu":
+            return
+        size, pieces = self.shape.page_size, self._pieces.setdefault(stream, [])
+        for page in run.tolist():
+            if pieces and pieces[-1][0] + pieces[-1][1] == page * size:
+                pieces[-1][1] += size
+            else:
+                pieces.append([page * size, size])
+
+    def _release_streams(self, layer: int, row: int) -> None:
+        """Free all pages of one layer of one row; its streams are empty afterwards."""
+        table = self.page_table[row, layer]
+        pages = table[table != FREE]
+        self.pool.free(pages)
+        self.pages_in_use -= pages.numel()
+        table.fill_(FREE)
+        self.num_pages[row, layer] = 0
+        self.lengths[row, layer] = 0
+        for head in range(self.shape.num_kv_heads):
+            self._pieces.pop((row, layer, head), None)
+
+    # ---- life
+
+    def fork(self) -> "PagedKVCache":
+        """An independent copy on the same pool."""
+        self._check_open()
+        twin = PagedKVCache(self.pool, self.num_rows, self.observation_window, self.rotary)
+        twin.queries.copy_(self.queries)
+        for row, layer in itertools.product(range(self.num_rows), range(self.shape.num_layers)):
+            twin._give_pages(layer, row, self.num_pages[row, layer].tolist())
+            used = self.page_table[row, layer] != FREE
+            old = self.page_table[row, layer][used].long()
+            new = twin.page_table[row, layer][:, : used.shape[1]][used].long()
+            for array in self.pool.arrays.values():
+                array.tensor[new] = array.tensor[old]
+        twin.lengths.copy_(self.lengths)
+        return twin
+
+    def release(self) -> None:
+        """Return every page to the pool. The cache cannot be used afterwards."""
+        if not self.closed:
+            self._finalizer()
+            self.pages_in_use, self.closed = 0, True
+
+    def owned_pages(self) -> Tensor:
+        """[n] every page this cache holds, for the pool's integrity check."""
+        return self.page_table[self.page_table != FREE] if not self.closed else self.page_table[:0].flatten()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless lengths, page counts, page table and host copy agree."""
+        if self.closed:
+            return
+        size = self.shape.page_size
+        assert bool((self.lengths <= self.num_pages * size).all()), "a stream is longer than its pages"
+        assert bool(((self.page_table != FREE).sum(-1) == self.num_pages).all()), "page table and counts differ"
+        assert self.owned_pages().numel() == self.pages_in_use, "pages in use are miscounted"
+        for (row, layer, head), pieces in self._pieces.items():
+            slots = [slot for first, count in pieces for slot in range(first, first + count, size)]
+            table = self.page_table[row, layer, head]
+            assert slots == (table[table != FREE] * size).tolist(), "the host copy of the page table differs"
+
+    def memory(self, seen_tokens: int, untouched_bytes: int = 0) -> accounting.MemoryReport:
+        """Memory of this cache for `seen_tokens` tokens summed over rows.
+
+        Args:
+            untouched_bytes: bytes of layers that kvpleat leaves as they are; they count as full, live and allocated.
+        """
+        shape: KVShape = self.shape
+        entry, page = accounting.entry_bytes(shape), accounting.page_bytes(shape)
+        return accounting.MemoryReport(
+            full_bytes=accounting.full_bytes(shape, seen_tokens) + untouched_bytes,
+            live_bytes=int(self.lengths.sum()) * entry + untouched_bytes,
+            allocated_bytes=self.pages_in_use * page + untouched_bytes,
+            peak_allocated_bytes=self.peak_pages * page + untouched_bytes,
+            overhead_bytes=accounting.tensor_bytes(self.page_table, self.num_pages, self.lengths, self.queries)
+            + 4 * self.pages_in_use,
+            kept=self.lengths.float().mean(0).cpu(),
+            seen_tokens=seen_tokens,
+        )
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise CacheError("This cache was released and holds no entries any more. Make a new one: pleated.new_cache().")
+
+
+def _free_all(pool: PagePool, owner: int) -> None:
+    """Finalizer: give back what a cache owns, by the pool's own records."""
+    pages = torch.nonzero(pool.owner == owner).squeeze(1)
+    if pages.numel():
+        pool.free(pages)

@@ -1,0 +1,1 @@
+"""The transformers surface: families, attaching to a model, the Cache that generate() sees. Public hooks only."""

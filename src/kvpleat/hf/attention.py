@@ -1,0 +1,273 @@
+"""Attention over a compressed cache: append the new entries, attend, and at a moment ask the policy and apply its decision.
+
+This is the main path of kvpleat: transformers calls `attention_forward` once per layer, with the keys and values of the new
+tokens only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpleat.cache.paged import PagedKVCache
+from kvpleat.errors import AttachError, NumericsError, UnsupportedError
+from kvpleat.hf.cache import PleatedCache
+from kvpleat.hf.families import sliding_attention
+from kvpleat.kernels import cpu, sdpa
+from kvpleat.policies.base import LayerScores
+from kvpleat.types import Phase, PolicyInput
+
+IMPLEMENTATION = "kvpleat"  # the name in transformers' AttentionInterface and AttentionMaskInterface
+OVERSHOOT = 1.125  # layers may hold this much of the budget before they compete in the middle of a prefill
+
+
+@dataclass
+class ForwardCall:
+    """One forward through the decoder, as all its layers see it.
+
+    Args:
+        cache: what the tokens are appended to.
+        original: the model's own attention implementation, for its sliding-window layers.
+        tokens: [R, T] bool, False for padding; None: no padding.
+        num_tokens: new tokens of each row.
+        phase: of the tokens.
+        ends_prompt: whether a prompt ends with this call.
+        moments: per row the moments within this call, the prompt's end included.
+    """
+
+    cache: PleatedCache
+    original: str
+    tokens: Tensor | None
+    num_tokens: list[int]
+    phase: Phase
+    ends_prompt: bool
+    moments: list[list[int]] = field(default_factory=list)
+
+    def competes(self, row: int, moment: int) -> bool:
+        """Whether layers compete at a moment: at ends of prompts and while decoding, when every layer comes to it."""
+        is_last = moment == self.cache.positions[row] + self.num_tokens[row]
+        return is_last and (self.ends_prompt or self.phase is Phase.DECODE)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    kvpleat_call: ForwardCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function behind transformers' AttentionInterface.
+
+    Args:
+        query: [R, Q, T, D] rotated. key, value: [R, H, T, D] of the new tokens.
+        attention_mask: used by sliding-window layers only.
+        kvpleat_call: put there by the hook on the decoder.
+
+    Returns:
+        [R, T, Q, D] and None.
+    """
+    if kvpleat_call is None:
+        raise AttachError("The model's decoder was bypassed, so kvpleat does not know the cache. Call the causal LM or its decoder.")
+    facts = kvpleat_call.cache.pleated.facts
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    if index in facts.sliding:
+        attend = sliding_attention(module, kvpleat_call.original)
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        out: tuple[Tensor, Tensor | None] = attend(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return out
+    if key.dtype != facts.shape.dtype:
+        raise UnsupportedError(
+            f"The attention computes in {key.dtype} and the cache was made for {facts.shape.dtype}. Leave autocast, and load the "
+            f"model in the dtype it runs in."
+        )
+    if query.requires_grad:
+        raise UnsupportedError("Gradients are on and entries in pages carry none. Wrap the call in torch.no_grad().")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = facts.layers.index(index)
+    if query.shape[2] == 1 and kvpleat_call.tokens is None and query.device.type == "cpu":
+        attended = _decode_step(kvpleat_call, layer, query, key, value, scale, softcap)
+    else:
+        attended = torch.zeros_like(query)
+        for row, count in enumerate(kvpleat_call.num_tokens):
+            kept = slice(None) if kvpleat_call.tokens is None else kvpleat_call.tokens[row]
+            if count:
+                attended[row, :, kept] = _attend_row(
+                    kvpleat_call, layer, row, query[row, :, kept], key[row, :, kept], value[row, :, kept], scale, softcap
+                )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _decode_step(
+    call: ForwardCall, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """One token of every row on a CPU: query [R, Q, 1, D], key and value [R, H, 1, D] -> [R, Q, 1, D]."""
+    cache, kv = call.cache, _kv(call)
+    positions = torch.tensor(cache.positions, dtype=torch.int32)[:, None]
+    kv.append_rows(layer, list(range(kv.num_rows)), key, value, positions)
+    out = torch.empty_like(query)
+    grouped_q = query.view(kv.num_rows, kv.shape.num_kv_heads, kv.shape.group_size, -1)
+    grouped_out = out.view(grouped_q.shape)
+    for row, lengths in enumerate(kv.lengths[:, layer].tolist()):
+        for head, length in enumerate(lengths):
+            keys, values, bias = _stream_pieces(kv, layer, row, head, length)
+            grouped_out[row, head] = cpu.attend_stream(grouped_q[row, head], keys, values, bias, scale, softcap)
+        kv.observe(layer, row, query[row], cache.positions[row])
+        for moment in call.moments[row]:
+            decide(call, layer, row, moment, scale, softcap)
+    return out
+
+
+def _stream_pieces(
+    kv: PagedKVCache, layer: int, row: int, head: int, length: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+    """Keys, values and log-weights of a stream in at most two pieces: its longest run of pages in place, the rest gathered."""
+    runs = []
+    left = length
+    for first, count in kv.pieces(layer, row, head):
+        runs.append((first, min(count, left)))
+        left -= count
+        if left <= 0:
+            break
+    names = ("key", "value", "log_weight") if "log_weight" in kv.shape.fields else ("key", "value")
+    slots = {name: kv.pool.slots(name) for name in names}
+    longest = max(runs, key=lambda run: run[1])
+    pieces = {name: [array[longest[0] : longest[0] + longest[1]]] for name, array in slots.items()}
+    rest = [run for run in runs if run is not longest]
+    if rest:
+        index = torch.cat([torch.arange(first, first + count) for first, count in rest])
+        for name, array in slots.items():
+            pieces[name].append(array.index_select(0, index))
+    return pieces["key"], pieces["value"], pieces.get("log_weight")
+
+
+def _attend_row(
+    call: ForwardCall, layer: int, row: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """The new tokens of one row, cut at its moments: q [Q, T, D], k and v [H, T, D] -> [Q, T, D]."""
+    cache, kv = call.cache, _kv(call)
+    start = cache.positions[row]
+    out = torch.empty_like(q)
+    for first, last, moment in _segments(start, start + q.shape[1], call.moments[row]):
+        new = slice(first - start, last - start)
+        if last > first:
+            out[:, new] = _attend_segment(call, layer, row, q[:, new], k[:, new], v[:, new], first, scale, softcap)
+            kv.observe(layer, row, q[:, new], first)
+        if moment is not None:
+            decide(call, layer, row, moment, scale, softcap)
+    return out
+
+
+def _segments(start: int, stop: int, moments: list[int]) -> Iterator[tuple[int, int, int | None]]:
+    """(first, last, moment at `last`) pieces of [start, stop), cut at the moments."""
+    for moment in moments:
+        yield start, moment, moment
+        start = moment
+    if start < stop:
+        yield start, stop, None
+
+
+def _attend_segment(
+    call: ForwardCall, layer: int, row: int, q: Tensor, k: Tensor, v: Tensor, first: int, scale: float, softcap: float | None
+) -> Tensor:
+    """New tokens of one row with no moment between them: q [Q, T, D], k and v [H, T, D], the first at `first`."""
+    kv, policy = _kv(call), call.cache.pleated.policy
+    positions = torch.arange(first, first + q.shape[1], dtype=torch.int32, device=q.device)
+    starts = policy.visible_from(positions, kv.shape)
+    past = kv.entries(layer, row)
+    kv.append(layer, row, k, v, positions)
+    if past.live.shape[1] == 0 and starts is None and softcap is None:
+        return sdpa.attend_causal(q[None], k[None], v[None], scale)[0]
+    bias = past.fields.get("log_weight")
+    if bias is not None or not bool(past.live.all()):
+        bias = torch.zeros_like(past.live, dtype=torch.float32) if bias is None else bias
+        bias = bias.masked_fill(~past.live, -torch.inf)
+    visible_past = visible_new = None
+    if starts is not None:
+        def visible(keys: Tensor) -> Tensor:
+            return (keys[..., None, :] >= starts[:, None]) | (keys[..., None, :] < policy.num_sinks)
+
+        visible_past, visible_new = visible(past.fields["position"]), visible(positions)
+    return sdpa.attend_chunk(q, (past.keys, past.values), (k, v), bias, visible_past, visible_new, scale, softcap)
+
+
+def decide(call: ForwardCall, layer: int, row: int, moment: int, scale: float, softcap: float | None) -> None:
+    """Ask the policy about one layer of one row at a moment, and apply its decision."""
+    cache, kv = call.cache, _kv(call)
+    policy = cache.pleated.policy
+    entries = kv.entries(layer, row)
+    queries, query_positions = kv.observed_queries(layer, row, moment) if policy.observation_window else (None, None)
+    if queries is not None and not bool(torch.isfinite(queries).all()):
+        raise NumericsError(
+            f"Queries of layer {layer} hold NaN or infinite values at token {moment}, so no entry can be scored. "
+            "Check the model's weights and dtype (float16 overflows where bfloat16 does not)."
+        )
+    competes = call.competes(row, moment)
+    inputs = PolicyInput(
+        position=moment,
+        layer=layer,
+        shape=kv.shape,
+        positions=entries.fields["position"],
+        live=entries.live,
+        keys=entries.keys,
+        values=entries.values,
+        log_weights=entries.fields.get("log_weight"),
+        scores=entries.fields.get("score"),
+        queries=queries,
+        query_positions=query_positions,
+        scale=scale,
+        softcap=softcap,
+        rotary=kv.rotary,
+        layer_share=cache.shares[row][layer],
+        competes=competes,
+    )
+    decision = policy.decide(inputs)
+    if decision is not None:
+        kv.apply(layer, row, decision)
+    if competes and call.phase is Phase.PREFILL:
+        squeeze(cache, row, moment, layer + 1, OVERSHOOT)
+
+
+def squeeze(cache: PleatedCache, row: int, moment: int, num_layers: int, tolerance: float) -> None:
+    """Let the first `num_layers` layers of a row compete, where they hold more than `tolerance` times the row's budget.
+
+    What loses among some layers would lose among all, so that competing early changes the peak and not the outcome.
+    """
+    kv, policy = cache.kv, cache.pleated.policy
+    assert kv is not None
+    budget = policy.budget_pages(moment, kv.shape)
+    if budget is None or int(kv.num_pages[row, :num_layers].sum()) <= tolerance * budget:
+        return
+    layers = []
+    for layer in range(num_layers):
+        scores, live = kv.field("score", layer, row)
+        layers.append(LayerScores(scores, kv.field("position", layer, row)[0], live))
+    for layer, decision in enumerate(policy.squeeze(layers, moment, kv.shape)):
+        kv.apply(layer, row, decision)
+
+
+def finish(call: ForwardCall) -> None:
+    """After all layers: let them compete where they came to a common moment, and note the progress of every row."""
+    cache, kv = call.cache, _kv(call)
+    for row, moments in enumerate(call.moments):
+        if moments and call.competes(row, moments[-1]):
+            squeeze(cache, row, moments[-1], kv.shape.num_layers, 1.0)
+            held = kv.num_pages[row].sum(dim=1).double()
+            cache.shares[row] = (held / held.sum().clamp(min=1)).tolist()
+        if moments:
+            cache.last_moments[row] = moments[-1]
+        cache.positions[row] += call.num_tokens[row]
+
+
+def _kv(call: ForwardCall) -> PagedKVCache:
+    assert call.cache.kv is not None, "the hook on the decoder starts the cache"
+    return call.cache.kv

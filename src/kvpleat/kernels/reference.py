@@ -1,0 +1,121 @@
+"""The specification of every kernel, in plain torch: readable first, any device, float32 inside.
+
+The fast paths beside this file compute the same functions and are compared with it. Shapes: see kvpleat.types.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvpleat.types import Rotary
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention of grouped queries over the entries of their KV head.
+
+    Args:
+        q: [H, G, T, D] queries, rotated.
+        k, v: [H, N, D] entries; may be undefined where never visible.
+        bias: [H, N] float32 added to the logits after the soft cap (log-weights), -inf for holes; or None.
+        visible: [T, N] or [H, T, N] bool; None: every entry is visible to every query.
+        scale: factor on q.k.
+        softcap: c of c * tanh(logit / c), or None.
+
+    Returns:
+        [H, G, T, D] in q's dtype. A query that sees nothing returns zeros.
+    """
+    logits = torch.einsum("hgtd,hnd->hgtn", q.float(), k.float()) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    hidden = torch.zeros(k.shape[0], 1, q.shape[2], k.shape[1], dtype=torch.bool, device=q.device)
+    if visible is not None:
+        hidden = hidden | ~(visible[None] if visible.dim() == 2 else visible)[:, None]
+    if bias is not None:
+        hidden = hidden | (bias == -math.inf)[:, None, None]
+        logits = logits + bias[:, None, None]
+    weights = torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1)
+    weights = weights.masked_fill(hidden, 0.0)  # 0, and not NaN, where a query sees nothing
+    values = v.float().masked_fill(hidden.all(dim=2).squeeze(1)[..., None], 0.0)  # 0 * NaN is NaN: holes may hold anything
+    return torch.einsum("hgtn,hnd->hgtd", weights, values).to(q.dtype)
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention probability that each entry receives from each query: [H, G, T, N] float32. Arguments as in `attend`."""
+    logits = torch.einsum("hgtd,hnd->hgtn", q.float(), k.float()) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    hidden = ~(visible[None] if visible.dim() == 2 else visible)[:, None]
+    return torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1).nan_to_num(0.0)
+
+
+def rotate(keys: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:
+    """Move rotated keys by `distance` positions: R(p + distance) k = R(distance) R(p) k.
+
+    Args:
+        keys: [..., D] keys after rotary embedding.
+        distance: [...] positions to move by, any sign.
+        rotary: None for models without rotary embedding; their keys are returned as they are.
+
+    Returns:
+        [..., D] float32. Angles are computed in float64: a float32 angle of 1e5 radians is off by 1e-2.
+    """
+    keys = keys.float()
+    if rotary is None:
+        return keys
+    angle = distance[..., None].double() * rotary.inv_freq.double()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    half = rotary.inv_freq.numel()
+    first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def merge_into(
+    keys: Tensor, values: Tensor, positions: Tensor, target: Tensor, share: Tensor, rotary: Rotary | None
+) -> tuple[Tensor, Tensor]:
+    """Weighted means of the members of each group, keys moved to the position of the entry they merge into.
+
+    Args:
+        keys, values: [H, N, D].
+        positions: [H, N].
+        target: [H, N] int64 entry that each entry merges into; its own index for a survivor; -1 for an evicted one.
+        share: [H, N] float32 weight of each member in the mean, positive for a survivor.
+        rotary: as in `rotate`.
+
+    Returns:
+        keys and values [H, N, D] in their dtypes; only the rows of survivors mean anything, and a survivor without
+        other members is returned bit for bit.
+    """
+    num_heads, num_entries, head_dim = keys.shape
+    member = target >= 0
+    safe = target.clamp(min=0)
+    distance = torch.where(member, positions.gather(1, safe) - positions, 0)
+    weight = torch.where(member, share, 0.0)
+    total = torch.zeros(num_heads, num_entries, device=keys.device).scatter_add_(1, safe, weight)
+    count = torch.zeros_like(total).scatter_add_(1, safe, member.float())
+    fraction = weight / total.gather(1, safe).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def mean(x: Tensor, moved: Tensor) -> Tensor:
+        terms = torch.where(member[..., None], moved * fraction[..., None], 0.0)
+        out = torch.zeros(num_heads, num_entries, head_dim, device=x.device)
+        out.scatter_add_(1, safe[..., None].expand_as(terms), terms)
+        return torch.where((count > 1)[..., None], out.to(x.dtype), x)
+
+    return mean(keys, rotate(keys, distance, rotary)), mean(values, values.float())

@@ -1,0 +1,87 @@
+"""What a policy is: a frozen dataclass that answers questions about tokens and returns Decisions. It never touches memory."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kvpleat.types import Decision, KVShape, Phase, PolicyInput
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Base of all policies.
+
+    A moment is a token index m of a row: once m tokens of the row went through a layer, the layer's streams are decided
+    on. Moments follow from token indices and from where prompts end, never from how a caller cuts its chunks.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[str]
+    guarantees: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]] = ()
+    uses_prompt_end: ClassVar[bool] = False  # whether the end of a prompt is a moment too
+
+    @property
+    def observation_window(self) -> int:
+        """Last queries of each row and layer that `decide` wants to see (W)."""
+        return 0
+
+    @property
+    def num_sinks(self) -> int:
+        """First positions of a row that stay visible whatever `visible_from` says."""
+        return 0
+
+    def visible_from(self, query_positions: Tensor, shape: KVShape) -> Tensor | None:
+        """Lowest position, sinks aside, that each query may see: [T] -> [T]; None where every entry is visible.
+
+        Only prefill asks: by the time of a decode step the moments have evicted what is not visible.
+        """
+        return None
+
+    @abstractmethod
+    def moments(self, start: int, stop: int, phase: Phase, last: int, shape: KVShape) -> list[int]:
+        """Moments m with start < m <= stop, besides the ends of prompts.
+
+        Args:
+            start, stop: tokens of the row before and after the call.
+            phase: of the tokens in between.
+            last: the row's last moment, ends of prompts included; 0 if there was none.
+            shape: of the model.
+        """
+
+    @abstractmethod
+    def decide(self, inputs: PolicyInput) -> Decision | None:
+        """What becomes of the entries of one layer of one row at a moment; None: leave all as it is."""
+
+    def budget_pages(self, position: int, shape: KVShape) -> int | None:
+        """Pages that all layers of a row may hold together at `position` tokens; None: layers do not compete."""
+        return None
+
+    def squeeze(self, layers: "list[LayerScores]", position: int, shape: KVShape) -> list[Decision]:
+        """Cut layers that hold more than `budget_pages` together down to it, at a prompt's end or a decode moment.
+
+        Args:
+            layers: what each layer holds; during a prefill only the layers that are done.
+            position: tokens seen by the row.
+            shape: of the model.
+
+        Returns:
+            one decision per layer.
+        """
+        raise NotImplementedError(f"{self.name} sets a budget and does not say how layers compete for it")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options, JSON-ready; `from_dict` in the registry is the inverse."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What `squeeze` sees of a layer: [H, N] scores, positions and live, entries in order of position."""
+
+    scores: Tensor
+    positions: Tensor
+    live: Tensor

@@ -1,0 +1,144 @@
+"""The nouns that all layers of kvpleat share, and the one legend for tensor shapes.
+
+Shape legend, used in every signature of the package:
+
+    L  compressed layers          R  rows (sequences of a batch)      H  KV heads of a layer
+    G  query heads per KV head    Q  query heads, Q = G * H           T  new tokens of a call
+    N  entries of a stream, padded to the longest                     D  head dimension
+    P  pages of the pool          S  entries of a page                W  observed queries
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from kvpleat.errors import OptionError
+
+PAGE_SIZES = (16, 32)
+ENTRY_FIELDS = {"position": torch.int32, "log_weight": torch.float32, "score": torch.float32}
+
+
+class Phase(StrEnum):
+    """What the tokens of a call are: prompt tokens, or tokens generated one at a time."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Everything about a model's KV memory that its weights fix.
+
+    Args:
+        num_layers: layers whose entries live in pages (L); sliding-window layers are not among them.
+        num_kv_heads: KV heads of a layer (H).
+        num_q_heads: query heads of a layer (Q), a multiple of H.
+        head_dim: channels of a key or value (D).
+        dtype: of keys and values.
+        page_size: entries of one page (S), 16 or 32.
+        fields: per-entry side arrays that the policy needs, of ENTRY_FIELDS.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    num_q_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    page_size: int = 16
+    fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise OptionError(
+                f"page_size={self.page_size}: the kernels know pages of {PAGE_SIZES} entries. Pass 16 (less waste) or 32."
+            )
+        if self.num_q_heads % self.num_kv_heads:
+            raise OptionError(
+                f"{self.num_q_heads} query heads do not divide into groups over {self.num_kv_heads} KV heads."
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head (G)."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def num_streams(self) -> int:
+        """Streams of one row: L * H."""
+        return self.num_layers * self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a model rotates its keys, so that a key can be moved to another position.
+
+    Args:
+        inv_freq: [r / 2] radians per position of each rotated channel pair, float32. Channels c and c + r / 2 form a
+            pair (the half-split layout of Llama, Qwen, Mistral and Gemma); channels from r on are not rotated.
+    """
+
+    inv_freq: Tensor
+
+
+@dataclass(frozen=True)
+class PolicyInput:
+    """What a policy sees of one layer of one row at a moment of compression. Entries are in order of position.
+
+    Args:
+        position: tokens seen by the row so far.
+        layer: index of the layer among the L compressed ones.
+        shape: the KV shape of the model.
+        positions: [H, N] position of each entry, int32.
+        live: [H, N] False where a stream is shorter than N.
+        keys, values: [H, N, D].
+        log_weights: [H, N] float32, or None where the policy keeps no weights.
+        scores: [H, N] float32 carried from the last moment, NaN for entries not scored yet; or None.
+        queries: [Q, W, D] the last queries of the row, rotated; or None.
+        query_positions: [W] their positions; or None.
+        scale: factor on q.k before the softmax.
+        softcap: the model's logit soft cap, or None.
+        rotary: how keys rotate, or None where they do not.
+        layer_share: share of the row's pages that this layer held after the last competition between layers.
+        competes: the policy's `squeeze` follows when all layers have come to this moment.
+    """
+
+    position: int
+    layer: int
+    shape: KVShape
+    positions: Tensor
+    live: Tensor
+    keys: Tensor
+    values: Tensor
+    log_weights: Tensor | None
+    scores: Tensor | None
+    queries: Tensor | None
+    query_positions: Tensor | None
+    scale: float
+    softcap: float | None
+    rotary: Rotary | None
+    layer_share: float
+    competes: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to become of the entries of one layer of one row. Pure data: the cache applies it.
+
+    Args:
+        keep: [H, N] entries that survive.
+        merge_into: [H, N] int64 index of the surviving entry that an entry merges into, or its own index; entries
+            that are neither kept nor merged into a survivor are evicted. None: no merging.
+        share: [H, N] float32 share of each member in the weighted mean of its group; needed with merge_into.
+        log_weights: [H, N] float32 new log-weights of the survivors; needed with merge_into.
+        scores: [H, N] float32 scores to carry to the next moment, or None.
+        reserve: further entries per stream to allocate pages for now, so that the stream stays in one piece.
+    """
+
+    keep: Tensor
+    merge_into: Tensor | None = None
+    share: Tensor | None = None
+    log_weights: Tensor | None = None
+    scores: Tensor | None = None
+    reserve: int = 0
