@@ -160,6 +160,14 @@ class PagedKVCache:
             picked = order.view(*order.shape, *[1] * (content.dim() - 2)).expand(-1, -1, *content.shape[2:])
             self.pool.slots(name)[slots[kept]] = content.gather(1, picked)[kept]
 
+    def fill(self, layer: int, row: int, counts: list[int], content: dict[str, Tensor]) -> None:
+        """Fill the empty streams of one layer of one row: counts[h] entries each, `content` [sum(counts), ...] by array."""
+        self._give_pages(layer, row, [-(-count // self.shape.page_size) for count in counts])
+        self.lengths[row, layer] = torch.tensor(counts, dtype=torch.int32, device=self.pool.device)
+        slots, live = self._slots(layer, row)
+        for name, tensor in content.items():
+            self.pool.slots(name)[slots[live]] = tensor
+
     # ---- pages
 
     def _ensure_pages(self, layer: int, row: int, num_new: int) -> None:
@@ -216,9 +224,7 @@ class PagedKVCache:
         twin.queries.copy_(self.queries)
         for row, layer in itertools.product(range(self.num_rows), range(self.shape.num_layers)):
             twin._give_pages(layer, row, self.num_pages[row, layer].tolist())
-            used = self.page_table[row, layer] != FREE
-            old = self.page_table[row, layer][used].long()
-            new = twin.page_table[row, layer][:, : used.shape[1]][used].long()
+            old, new = (table[table != FREE].long() for table in (self.page_table[row, layer], twin.page_table[row, layer]))
             for array in self.pool.arrays.values():
                 array.tensor[new] = array.tensor[old]
         twin.lengths.copy_(self.lengths)

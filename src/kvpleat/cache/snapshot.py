@@ -1,0 +1,104 @@
+"""A PagedKVCache as plain tensors and back, and the file format around them: safetensors, checked before it is believed."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvpleat.cache.paged import PagedKVCache
+from kvpleat.errors import CacheFileError
+
+FORMAT = "kvpleat-cache-1"
+
+
+def pack(kv: PagedKVCache) -> dict[str, Tensor]:
+    """The live entries of a cache, streams one after the other: "key" and "value" [n, D], side arrays [n], "lengths"
+    [R, L, H] and "queries"."""
+    tensors: dict[str, list[Tensor]] = {"key": [], "value": [], **{name: [] for name in kv.shape.fields}}
+    for row in range(kv.num_rows):
+        for layer in range(kv.shape.num_layers):
+            entries = kv.entries(layer, row)
+            for name, content in {"key": entries.keys, "value": entries.values, **entries.fields}.items():
+                tensors[name].append(content[entries.live])
+    packed = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
+    return packed | {"lengths": kv.lengths.clone(), "queries": kv.queries.clone()}
+
+
+def unpack(kv: PagedKVCache, tensors: dict[str, Tensor]) -> None:
+    """Fill an empty cache with what `pack` returned."""
+    lengths, start = tensors["lengths"], 0
+    for row in range(kv.num_rows):
+        for layer in range(kv.shape.num_layers):
+            counts = lengths[row, layer].tolist()
+            names = ("key", "value", *kv.shape.fields)
+            kv.fill(layer, row, counts, {name: tensors[name][start : start + sum(counts)] for name in names})
+            start += sum(counts)
+    kv.queries.copy_(tensors["queries"])
+
+
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write a file beside `path` and put it in place only once it is complete.
+
+    Raises:
+        CacheFileError: it could not be written; an older file at `path` is untouched and nothing is left behind.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "header": json.dumps(header, sort_keys=True), "sha256": _digest(tensors)}
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        os.close(handle)
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        needed = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise CacheFileError(
+            f"{path} could not be written ({error}); the cache is unharmed and nothing was left on disk. "
+            f"Free {needed:,} bytes there or choose another folder, and save again."
+        ) from error
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file that `write` wrote.
+
+    Raises:
+        CacheFileError: the file is missing, truncated, changed, or not one of ours.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CacheFileError(
+                    f"{path} is not a kvpleat cache of format {FORMAT} (it says {metadata.get('format')!r}), so its tensors would be "
+                    "misread. Pass a file that cache.save() of this version wrote."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, CacheFileError):
+            raise
+        raise CacheFileError(
+            f"{path} cannot be read as safetensors ({error}): it is missing, truncated or foreign. Nothing was loaded; save "
+            "the cache again."
+        ) from error
+    if _digest(tensors) != metadata.get("sha256"):
+        raise CacheFileError(f"{path} was damaged after it was written: its checksum differs. Nothing was loaded; save it again.")
+    return tensors, json.loads(metadata["header"])
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
