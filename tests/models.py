@@ -92,8 +92,13 @@ _CLASSES: dict[str, Any] = {
 }
 
 
-def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A tiny model of `family` with random weights, in eval mode; `changes` go to its config."""
+def tiny(family: str, seed: int = 0, dtype: torch.dtype | None = None, **changes: Any) -> Any:
+    """A tiny model of `family` with random weights, in eval mode; `changes` go to its config.
+
+    In float64, so that what is not rounding shows; Gemma 2 in float32, because transformers' eager attention turns a
+    float64 mask into infinities, and padding into NaN.
+    """
+    dtype = dtype or (torch.float32 if family == "gemma2" else torch.float64)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _CLASSES[family](config(family, **changes))
