@@ -1,0 +1,216 @@
+"""The commands of `kvpleat`. Answers go to stdout; progress, meters of single runs and errors to stderr."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvpleat import explain as explain_model
+from kvpleat import policies as policies_module
+from kvpleat.cli import options, show
+from kvpleat.cli.chat import Chat, converse
+from kvpleat.cli.run import Answer, agreement, answer_compressed, answer_full
+from kvpleat.errors import KvpleatError
+from kvpleat.hf.models import known_models
+from kvpleat.policies import Policy
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="kvpleat",
+    help="Compress the KV cache of transformers models while they run, and give the memory back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the `kvpleat` command."""
+    app()
+
+
+def _command(function: Callable[P, None]) -> Callable[P, None]:
+    """Register a command. Errors that kvpleat raises on purpose end it with 2 and one paragraph; Ctrl-C with 130."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except KvpleatError as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return app.command()(guarded)
+
+
+def _plain(text: str) -> str:
+    """Text with rich's markup escaped."""
+    return text.replace("[", r"\[")
+
+
+@_command
+def generate(
+    model: options.Model = "smollm2-135m",
+    policy: options.PolicyName = "attention",
+    ratio: options.Ratio = None,
+    coverage: options.Coverage = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; after the file's, if both are given.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with text to continue.")] = None,
+    system: options.System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Feed the text as it is, without the chat template.")] = False,
+    max_new_tokens: options.MaxNewTokens = 128,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too, and compare.")] = False,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    prefill_chunk: options.PrefillChunk = 2048,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Continue a prompt (--prompt, --prompt-file or stdin) with a compressed cache, and say what it took."""
+    decoding = options.Decoding(max_new_tokens, temperature, top_p, seed, prefill_chunk)
+    chosen = options.make_policy(policy, ratio, coverage)
+    text = options.read_prompt(prompt, prompt_file)
+    loaded = options.load_model(model, dtype, device, trust_remote_code)
+    ids = options.encode(loaded, text, system, raw, max_new_tokens)
+    label = options.policy_label(chosen)
+    log = Console(stderr=True, highlight=False)
+    out = Console(stderr=as_json, highlight=False)
+
+    def run(title: str, answer: Callable[..., Answer], *args: Any) -> Answer:
+        if compare:
+            out.print(f"[bold]{title}:[/] ", end="")
+        result = answer(
+            loaded, *args, ids, decoding, lambda text: _stream(out, text), show.prefilling(log, f"prefill, {title}")
+        )
+        out.print()
+        return result
+
+    full = run("full cache", answer_full) if compare else None
+    compressed = run(label, answer_compressed, chosen)
+    _print_meter(out if compare else log, full, compressed, label)
+    if as_json:
+        print(json.dumps(_generate_json(chosen, full, compressed)))
+
+
+def _stream(out: Console, text: str) -> None:
+    out.file.write(text)
+    out.file.flush()
+
+
+def _print_meter(console: Console, full: Answer | None, compressed: Answer, label: str) -> None:
+    memory = compressed.memory
+    console.print()
+    console.print(show.meter(full, compressed, label))
+    console.print()
+    console.print(show.kept_picture(memory.kept, memory.seen_tokens, console.width))
+
+
+def _generate_json(policy: Policy, full: Answer | None, compressed: Answer) -> dict[str, Any]:
+    result = {**compressed.to_dict(), "policy": policy.to_dict()}
+    if full is not None:
+        result["full"] = full.to_dict()
+        result["agreement"] = round(agreement(full.tokens, compressed.tokens), 4)
+    return result
+
+
+@_command
+def chat(
+    model: options.Model = "smollm2-135m",
+    policy: options.PolicyName = "attention",
+    ratio: options.Ratio = None,
+    coverage: options.Coverage = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    prefill_chunk: options.PrefillChunk = 2048,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Chat over one compressed cache. /report, /save FILE, /load FILE, /reset and /quit are commands."""
+    decoding = options.Decoding(max_new_tokens, temperature, top_p, seed, prefill_chunk)
+    chosen = options.make_policy(policy, ratio, coverage)
+    loaded = options.load_model(model, dtype, device, trust_remote_code)
+    with Chat(loaded, chosen, decoding, system) as session:
+        converse(session, options.policy_label(chosen))
+
+
+@_command
+def policies(as_json: options.Json = False) -> None:
+    """The policies: what each does, needs and guarantees."""
+    known = policies_module.registry().values()
+    names = ("name", "summary", "needs", "guarantees")
+    rows = [{name: getattr(policy, name) for name in names} for policy in known]
+    if as_json:
+        print(json.dumps({"policies": rows}))
+        return
+    _print_rows(rows, names)
+
+
+@_command
+def explain(
+    model: options.Model = "smollm2-135m",
+    policy: options.PolicyName = "attention",
+    ratio: options.Ratio = None,
+    coverage: options.Coverage = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+) -> None:
+    """Which policy, memory and kernels would run for a model, and why."""
+    chosen = options.make_policy(policy, ratio, coverage)
+    loaded = options.load_model(model, dtype, device, trust_remote_code)
+    explanation = explain_model(loaded.model, chosen)
+    if as_json:
+        print(json.dumps(explanation.to_dict()))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for topic, text in explanation.topics.items():
+        table.add_row(f"[bold]{topic}[/]", _plain(text))
+    table.add_row("[bold]source[/]", _plain(loaded.source))
+    Console(highlight=False).print(table)
+
+
+@_command
+def models(as_json: options.Json = False) -> None:
+    """Models with short names. Local folders and names on the hub work everywhere too."""
+    rows = [{"name": m.name, "state": m.state, "summary": m.summary, "remedy": m.remedy} for m in known_models()]
+    if as_json:
+        print(json.dumps({"models": rows}))
+        return
+    _print_rows(rows, ("name", "state", "summary"))
+    console = Console(highlight=False)
+    for row in rows:
+        if row["remedy"]:
+            console.print(f"\nTo install {row['name']}: {_plain(row['remedy'])}", soft_wrap=True)
+    console.print("\nAny folder that save_pretrained wrote and any name on the hub (org/model) work as --model too.")
+
+
+def _print_rows(rows: list[dict[str, str]], names: tuple[str, ...]) -> None:
+    """A block per row: the name, then what there is to say about it. Readable at any width."""
+    console = Console(highlight=False)
+    for row in rows:
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(width=12)
+        table.add_column()
+        table.add_row(f"[bold]{names[0]}[/]", f"[bold]{row[names[0]]}[/]")
+        for name in names[1:]:
+            table.add_row(name, _plain(row[name]))
+        console.print(table)
+        if row is not rows[-1]:
+            console.print()
