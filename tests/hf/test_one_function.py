@@ -19,15 +19,13 @@ from kvpleat.policies import AttentionScore, Full, Window
 from tests import models, reference
 
 LENGTH = 130
-ROUNDING = 1e-5  # of float64 models
-ROUNDING_FLOAT32 = 1e-5
+ROUNDING = 1e-5
 WINDOWS = (Window(budget=40), Window(ratio=2.0), Window(ratio=3.0, sinks=0), Window(budget=53, sinks=7))
 
 
 def close(found: Tensor, expected: Tensor) -> None:
     """Equal up to rounding."""
-    atol = ROUNDING if found.dtype == torch.float64 else ROUNDING_FLOAT32
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
 
 
 def feed(model: Any, tokens: Tensor, cache: PleatedCache, pieces: list[int]) -> Tensor:
