@@ -97,6 +97,9 @@ class PolicyInput:
         scores: [H, N] float32 carried from the last moment, NaN for entries not scored yet; or None.
         queries: [Q, W, D] the last queries of the row, rotated; or None.
         query_positions: [W] their positions; or None.
+        samples: [Q, M, D] queries sampled since the last moment, rotated; or None.
+        sample_positions: [M] their positions; or None.
+        last_moment: position of the last moment, 0 if there was none.
         scale: factor on q.k before the softmax.
         softcap: the model's logit soft cap, or None.
         rotary: how keys rotate, or None where they do not.
@@ -115,6 +118,9 @@ class PolicyInput:
     scores: Tensor | None
     queries: Tensor | None
     query_positions: Tensor | None
+    samples: Tensor | None
+    sample_positions: Tensor | None
+    last_moment: int
     scale: float
     softcap: float | None
     rotary: Rotary | None

@@ -40,6 +40,7 @@ class Result:
     Args:
         policy: its options.
         losses: per continuation the loss of each token (nats).
+        sources: where each continuation comes from.
         correct: per pass-key length, 1 or 0 for each prompt.
         ratios: compression ratio of each item at its end, from allocated bytes.
         seconds: time of the whole run.
@@ -47,6 +48,7 @@ class Result:
 
     policy: dict[str, Any]
     losses: list[list[float]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     correct: dict[int, list[int]] = field(default_factory=dict)
     ratios: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -61,34 +63,36 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
             yield item.get("source", path.name), item["text"]
 
 
-def token_windows(loaded: LoadedModel, path: Path, length: int, count: int, seed: int) -> list[Tensor]:
-    """`count` windows of `length` tokens: documents of one source joined, sources taken in turn, a random part of each."""
+def token_windows(loaded: LoadedModel, path: Path, length: int, count: int, seed: int) -> list[tuple[str, Tensor]]:
+    """`count` windows of `length` tokens with their source, drawn without replacement from all of the file's text.
+
+    Documents of one source are joined, so that short ones count too; a source is drawn in proportion to its length.
+    """
     generator = random.Random(seed)
     by_source: dict[str, list[str]] = {}
     for source, text in read_documents(path):
         by_source.setdefault(source, []).append(text)
-    streams = []
-    for source in sorted(by_source):
-        texts = by_source[source]
-        generator.shuffle(texts)
-        tokens: list[int] = []
-        for text in texts:
-            tokens += loaded.tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
-            if len(tokens) >= length * (2 + count // len(by_source)):
-                break
-        windows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
-        streams.append(windows)
-    taken = [windows[i] for i in range(max(map(len, streams))) for windows in streams if i < len(windows)]
-    if len(taken) < count:
-        raise OptionError(f"{path} holds {len(taken)} windows of {length} tokens and {count} were asked for. Ask for fewer.")
-    return [torch.tensor(window) for window in taken[:count]]
+    joined = {source: "\n\n".join(texts) for source, texts in sorted(by_source.items())}
+    span = 8 * length  # characters that hold `length` tokens of almost any text
+    places = [(source, i) for source, text in joined.items() for i in range(0, len(text) - span + 1, span)]
+    generator.shuffle(places)
+    windows = []
+    for source, start in places:
+        tokens = loaded.tokenizer(joined[source][start : start + span], add_special_tokens=False)["input_ids"]
+        if len(tokens) >= length:
+            windows.append((source, torch.tensor(tokens[:length])))
+        if len(windows) == count:
+            return windows
+    raise OptionError(f"{path} holds {len(windows)} windows of {length} tokens and {count} were asked for. Ask for fewer.")
 
 
-def pass_key_prompts(loaded: LoadedModel, filler: list[Tensor], length: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+def pass_key_prompts(
+    loaded: LoadedModel, filler: list[tuple[str, Tensor]], length: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
     """One prompt of `length` tokens for each filler, and the tokens of its answer."""
     generator = random.Random(seed)
     prompts = []
-    for text in filler:
+    for _, text in filler:
         key = str(generator.randrange(10_000, 100_000))
         needle, question = (
             torch.tensor(loaded.tokenizer(part, add_special_tokens=False)["input_ids"])
@@ -144,9 +148,10 @@ def run(loaded: LoadedModel, chosen: list[Policy], args: argparse.Namespace, pro
     for policy in chosen:
         start, result = time.perf_counter(), Result(policy.to_dict())
         with compress(loaded.model, policy) as pleated:
-            for window in windows:
+            for source, window in windows:
                 losses, ratio = continuation_losses(pleated, window, args.prompt)
                 result.losses.append(losses)
+                result.sources.append(source)
                 result.ratios.setdefault("continuation", []).append(ratio)
                 progress.advance(task)
             for length, prompts in keys.items():

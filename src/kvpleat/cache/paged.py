@@ -18,6 +18,7 @@ from kvpleat.kernels import reference
 from kvpleat.types import Decision, KVShape, Rotary
 
 _owner_ids = itertools.count()
+MAX_SAMPLES = 256  # queries remembered of all tokens of a prompt since the last moment
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class PagedKVCache:
         self.lengths = torch.zeros(streams, dtype=torch.int32, device=device)  # [R, L, H] entries of each stream
         window = (num_rows, self.shape.num_layers, self.shape.num_q_heads, observation_window, self.shape.head_dim)
         self.queries = torch.zeros(window, dtype=self.shape.dtype, device=device)  # slot of a query: position % W
+        self.samples: dict[tuple[int, int], Tensor] = {}  # (row, layer) -> [Q, M, D] queries sampled since the last moment
         self.pages_in_use = self.peak_pages = 0
         self.closed = False
         self._pieces: dict[tuple[int, int, int], list[list[int]]] = {}  # host copy of the page table, as runs of slots
@@ -128,6 +130,33 @@ class PagedKVCache:
             first = position + queries.shape[1] - kept
             slots = torch.arange(first, first + kept, device=queries.device) % self.observation_window
             self.queries[row, layer].index_copy_(1, slots, queries[:, -kept:])
+
+    def sample(self, layer: int, row: int, queries: Tensor, position: int, since: int) -> None:
+        """Remember queries evenly spread over the tokens since the last moment, at most MAX_SAMPLES of them.
+
+        Which ones follows from positions alone: with n tokens since `since`, every s-th, s the smallest power of two that is
+        at least n / MAX_SAMPLES. So chunks leave the same sample as the whole.
+
+        Args:
+            queries: [Q, T, D], the first one at `position`. since: position of the last moment.
+        """
+        before, after = position - since, position - since + queries.shape[1]
+        stride = sample_stride(after)
+        first = -before % stride
+        new = queries[:, first::stride]
+        old = self.samples.get((row, layer))
+        if old is not None:
+            new = torch.cat([old[:, :: stride // sample_stride(before)], new], dim=1)
+        self.samples[row, layer] = new.clone() if old is None else new
+
+    def take_samples(self, layer: int, row: int, position: int, since: int) -> tuple[Tensor, Tensor]:
+        """The sampled queries of tokens [since, position) and their positions, which are forgotten; the last W queries
+        where none were sampled: ([Q, M, D], [M])."""
+        samples = self.samples.pop((row, layer), None)
+        if samples is None:
+            return self.observed_queries(layer, row, position)
+        index = torch.arange(samples.shape[1], device=samples.device)
+        return samples, since + index * sample_stride(position - since)
 
     def apply(self, layer: int, row: int, decision: Decision) -> None:
         """Carry out a policy's decision on one layer of one row: merge, evict, compact, and return the pages."""
@@ -222,6 +251,7 @@ class PagedKVCache:
         self._check_open()
         twin = PagedKVCache(self.pool, self.num_rows, self.observation_window, self.rotary)
         twin.queries.copy_(self.queries)
+        twin.samples = {key: samples.clone() for key, samples in self.samples.items()}
         for row, layer in itertools.product(range(self.num_rows), range(self.shape.num_layers)):
             twin._give_pages(layer, row, self.num_pages[row, layer].tolist())
             old, new = (table[table != FREE].long() for table in (self.page_table[row, layer], twin.page_table[row, layer]))
@@ -267,6 +297,7 @@ class PagedKVCache:
             allocated_bytes=self.pages_in_use * page + untouched_bytes,
             peak_allocated_bytes=self.peak_pages * page + untouched_bytes,
             overhead_bytes=accounting.tensor_bytes(self.page_table, self.num_pages, self.lengths, self.queries)
+            + accounting.tensor_bytes(*self.samples.values())
             + 4 * self.pages_in_use,
             kept=self.lengths.float().mean(0).cpu(),
             seen_tokens=seen_tokens,
@@ -275,6 +306,14 @@ class PagedKVCache:
     def _check_open(self) -> None:
         if self.closed:
             raise CacheError("This cache was released and holds no entries any more. Make a new one: pleated.new_cache().")
+
+
+def sample_stride(tokens: int) -> int:
+    """Distance between sampled queries after `tokens` tokens: a power of two."""
+    stride = 1
+    while stride * MAX_SAMPLES < tokens:
+        stride *= 2
+    return stride
 
 
 def _free_all(pool: PagePool, owner: int) -> None:

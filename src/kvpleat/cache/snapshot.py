@@ -20,7 +20,7 @@ FORMAT = "kvpleat-cache-1"
 
 def pack(kv: PagedKVCache) -> dict[str, Tensor]:
     """The live entries of a cache, streams one after the other: "key" and "value" [n, D], side arrays [n], "lengths"
-    [R, L, H] and "queries"."""
+    [R, L, H], "queries", and "samples.ROW.LAYER" where a prompt is open."""
     tensors: dict[str, list[Tensor]] = {"key": [], "value": [], **{name: [] for name in kv.shape.fields}}
     for row in range(kv.num_rows):
         for layer in range(kv.shape.num_layers):
@@ -28,7 +28,8 @@ def pack(kv: PagedKVCache) -> dict[str, Tensor]:
             for name, content in {"key": entries.keys, "value": entries.values, **entries.fields}.items():
                 tensors[name].append(content[entries.live])
     packed = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
-    return packed | {"lengths": kv.lengths.clone(), "queries": kv.queries.clone()}
+    samples = {f"samples.{row}.{layer}": tensor for (row, layer), tensor in kv.samples.items()}
+    return packed | samples | {"lengths": kv.lengths.clone(), "queries": kv.queries.clone()}
 
 
 def unpack(kv: PagedKVCache, tensors: dict[str, Tensor]) -> None:
@@ -41,6 +42,10 @@ def unpack(kv: PagedKVCache, tensors: dict[str, Tensor]) -> None:
             kv.fill(layer, row, counts, {name: tensors[name][start : start + sum(counts)] for name in names})
             start += sum(counts)
     kv.queries.copy_(tensors["queries"])
+    for name, tensor in tensors.items():
+        if name.startswith("samples."):
+            row_text, layer_text = name.removeprefix("samples.").split(".")
+            kv.samples[int(row_text), int(layer_text)] = tensor
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

@@ -274,7 +274,9 @@ class Pleated:
         call.moments = [[position] for position in cache.positions]
         for layer in range(shape.num_layers):
             for row in range(num_rows):
-                attention.decide(call, layer, row, cache.positions[row], *self.facts.logits[layer])
+                attention.decide(
+                    call, layer, row, cache.positions[row], cache.last_moments[row], *self.facts.logits[layer]
+                )
         attention.finish(call)
         cache.prompt_open = False
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpleat.cache.paged import PagedKVCache
-from kvpleat.errors import AttachError, NumericsError, UnsupportedError
+from kvpleat.errors import AttachError, UnsupportedError
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.families import sliding_attention
 from kvpleat.kernels import cpu, sdpa
@@ -74,7 +74,10 @@ def attention_forward(
         [R, T, Q, D] and None.
     """
     if kvpleat_call is None:
-        raise AttachError("The model's decoder was bypassed, so kvpleat does not know the cache. Call the causal LM or its decoder.")
+        raise AttachError(
+            "An attention layer ran outside the decoder that kvpleat is attached to, so its cache is unknown. Call the causal LM "
+            "or its decoder; if two models share one config object, give each its own (copy.deepcopy)."
+        )
     facts = kvpleat_call.cache.pleated.facts
     index = int(module.layer_idx)  # type: ignore[arg-type]
     if index in facts.sliding:
@@ -122,8 +125,10 @@ def _decode_step(
             keys, values, bias = _stream_pieces(kv, layer, row, head, length)
             grouped_out[row, head] = cpu.attend_stream(grouped_q[row, head], keys, values, bias, scale, softcap)
         kv.observe(layer, row, query[row], cache.positions[row])
+        if kv.observation_window and call.phase is Phase.PREFILL:
+            kv.sample(layer, row, query[row], cache.positions[row], cache.last_moments[row])
         for moment in call.moments[row]:
-            decide(call, layer, row, moment, scale, softcap)
+            decide(call, layer, row, moment, cache.last_moments[row], scale, softcap)
     return out
 
 
@@ -155,15 +160,19 @@ def _attend_row(
 ) -> Tensor:
     """The new tokens of one row, cut at its moments: q [Q, T, D], k and v [H, T, D] -> [Q, T, D]."""
     cache, kv = call.cache, _kv(call)
-    start = cache.positions[row]
+    start, since = cache.positions[row], cache.last_moments[row]
+    samples = kv.observation_window and call.phase is Phase.PREFILL
     out = torch.empty_like(q)
     for first, last, moment in _segments(start, start + q.shape[1], call.moments[row]):
         new = slice(first - start, last - start)
         if last > first:
             out[:, new] = _attend_segment(call, layer, row, q[:, new], k[:, new], v[:, new], first, scale, softcap)
             kv.observe(layer, row, q[:, new], first)
+            if samples:
+                kv.sample(layer, row, q[:, new], first, since)
         if moment is not None:
-            decide(call, layer, row, moment, scale, softcap)
+            decide(call, layer, row, moment, since, scale, softcap)
+            since = moment
     return out
 
 
@@ -200,17 +209,17 @@ def _attend_segment(
     return sdpa.attend_chunk(q, (past.keys, past.values), (k, v), bias, visible_past, visible_new, scale, softcap)
 
 
-def decide(call: ForwardCall, layer: int, row: int, moment: int, scale: float, softcap: float | None) -> None:
-    """Ask the policy about one layer of one row at a moment, and apply its decision."""
+def decide(
+    call: ForwardCall, layer: int, row: int, moment: int, since: int, scale: float, softcap: float | None
+) -> None:
+    """Ask the policy about one layer of one row at a moment, the last one being at `since`, and apply its decision."""
     cache, kv = call.cache, _kv(call)
     policy = cache.pleated.policy
     entries = kv.entries(layer, row)
-    queries, query_positions = kv.observed_queries(layer, row, moment) if policy.observation_window else (None, None)
-    if queries is not None and not bool(torch.isfinite(queries).all()):
-        raise NumericsError(
-            f"Queries of layer {layer} hold NaN or infinite values at token {moment}, so no entry can be scored. "
-            "Check the model's weights and dtype (float16 overflows where bfloat16 does not)."
-        )
+    queries = samples = (None, None)
+    if policy.observation_window:
+        queries = kv.observed_queries(layer, row, moment)
+        samples = kv.take_samples(layer, row, moment, since)
     competes = call.competes(row, moment)
     inputs = PolicyInput(
         position=moment,
@@ -222,8 +231,11 @@ def decide(call: ForwardCall, layer: int, row: int, moment: int, scale: float, s
         values=entries.values,
         log_weights=entries.fields.get("log_weight"),
         scores=entries.fields.get("score"),
-        queries=queries,
-        query_positions=query_positions,
+        queries=queries[0],
+        query_positions=queries[1],
+        samples=samples[0],
+        sample_positions=samples[1],
+        last_moment=since,
         scale=scale,
         softcap=softcap,
         rotary=kv.rotary,

@@ -7,116 +7,201 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvpleat.errors import OptionError
-from kvpleat.kernels import reference
+from kvpleat.errors import NumericsError, OptionError
+from kvpleat.policies import importance
 from kvpleat.policies.base import LayerScores, Policy
-from kvpleat.policies.budget import allowed_pages, check_at_least, check_ratio, next_multiple, pages_for
+from kvpleat.policies.budget import allowed_pages, check_at_least, check_ratio, next_multiple
+from kvpleat.policies.fold import fold
+from kvpleat.policies.selection import Candidates, Ranking, cover, rank, share_pages
 from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 
-LAYER_CAP = 2.0  # a layer may bring this many times its equal share into the competition between layers
+LAYER_CAP = 3.0  # a layer may bring this many times an equal share into the competition between layers
+SMALLEST = 128  # entries per stream below which a prompt is not compressed before its end
+PREFILL_STEP = 64  # interim moments of a prompt are multiples of this
+RECENT_COVERAGE = 64  # recent window (entries) under the coverage contract, which knows no budget
 
 
 @dataclass(frozen=True)
 class AttentionScore(Policy):
-    """draft"""
+    """Keep important entries exact, fold less important ones into their neighbours, evict the rest.
+
+    Importance: attention received from the last queries plus attention foreseen from sampled queries moved just ahead (see
+    kvpleat.policies.importance), times the norm of the value; carried from moment to moment with exponential forgetting.
+    Selective: sinks, a recent window and the entries of highest importance stay exact; the next ones fold 2, 4 and 8 to 1.
+    Adaptive: streams compete for pages by importance, over the heads of a layer and over all layers, above a floor.
+    When: at the end of a prompt; while decoding whenever the token index is a multiple of `interval`; and, with a finite
+    `slack`, inside a prompt whenever its streams exceed `slack` times their budget, at multiples of 64 tokens.
+
+    Args:
+        ratio: compression ratio: allocated bytes stay at or below full / ratio after the prompt, once past the windows.
+            Exactly one of ratio and coverage is given.
+        coverage: share of the importance of each stream that stays, between 0 and 1; the ratio then follows the text.
+        sinks: first entries that always stay (entries).
+        recent: latest entries that always stay, as a share of the budget per stream.
+        observation_window: last queries of each row and layer that are remembered (tokens).
+        question_window: last of them that `received` is computed from (tokens).
+        smoothing: neighbours over which received attention is averaged (entries, odd).
+        foresight: weight of foreseen beside received attention.
+        half_life: tokens after which a carried score counts half.
+        floor: share of an equal part of the budget that every stream gets.
+        fold: share of the unprotected entries of a stream that are folded ones.
+        interval: tokens between two moments while decoding; also how far a stream may grow in between.
+        slack: growth of a prompt's streams over their budget that triggers compression inside the prompt; inf: never.
+    """
 
     ratio: float | None = None
     coverage: float | None = None
     sinks: int = 4
-    recent_window: int = 32
-    observation_window: int = 32  # type: ignore[assignment]
-    smoothing: int = 5
-    forgetting: float = 0.8
-    floor: float = 0.2
+    recent: float = 0.25
+    observation_window: int = 32
+    question_window: int = 16
+    smoothing: int = 15
+    foresight: float = 1.0
+    half_life: float = 256.0
+    floor: float = 0.1
+    fold: float = 0.05
     interval: int = 32
     slack: float = math.inf
 
     name: ClassVar[str] = "attention"
     summary: ClassVar[str] = "keeps what receives attention exact, folds what receives less, evicts the rest"
-    needs: ClassVar[str] = "nothing (no training); the end of the prompt, where its question usually is"
-    guarantees: ClassVar[str] = "ratio: allocated <= full / ratio once past the windows; coverage: that share of attention"
+    needs: ClassVar[str] = "no training; where each prompt ends (generate and prefill say so)"
+    guarantees: ClassVar[str] = "ratio: allocated <= full / ratio once past the windows; coverage: that share of importance"
     fields: ClassVar[tuple[str, ...]] = ("position", "log_weight", "score")
     uses_prompt_end: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.coverage is None):
-            raise OptionError("exactly one of ratio and coverage")
+            raise OptionError(
+                f"AttentionScore(ratio={self.ratio}, coverage={self.coverage}): exactly one of the two says how much to keep. "
+                "Pass ratio=4.0, or coverage=0.98 for a ratio that follows the text."
+            )
         check_ratio(self.ratio)
+        if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
+            raise OptionError(f"coverage={self.coverage}: a share of attention lies above 0 and at most at 1. Pass 0.98, say.")
+        for name in ("recent", "floor", "fold"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise OptionError(f"{name}={getattr(self, name)}: a share lies between 0 and 1. Leave it out for the default.")
+        if self.smoothing % 2 != 1:
+            raise OptionError(f"smoothing={self.smoothing}: neighbours on both sides and the entry itself make an odd number.")
+        check_at_least(
+            sinks=(self.sinks, 0),
+            observation_window=(self.observation_window, self.question_window),
+            question_window=(self.question_window, 1),
+            foresight=(self.foresight, 0.0),
+            half_life=(self.half_life, 1.0),
+            interval=(self.interval, 1),
+            slack=(self.slack, 1.0),
+        )
 
     @property
     def num_sinks(self) -> int:
         return self.sinks
 
+    # ---- when
+
     def moments(self, start: int, stop: int, phase: Phase, last: int, shape: KVShape) -> list[int]:
         if phase is Phase.DECODE:
             return list(range(next_multiple(start, self.interval), stop + 1, self.interval))
-        return []
+        moments = []
+        while math.isfinite(self.slack) and self.ratio is not None:
+            last = self._next_in_prompt(last, stop, shape)
+            if last > stop:
+                break
+            if last > start:
+                moments.append(last)
+        return moments
+
+    def _next_in_prompt(self, last: int, stop: int, shape: KVShape) -> int:
+        """The first moment after `last` at which a prompt exceeds slack times its budget; past `stop` if there is none."""
+        held = min(last, self._budget(last, shape))
+        moment = next_multiple(last, PREFILL_STEP)
+        while moment <= stop and held + moment - last <= self.slack * self._budget(moment, shape):
+            moment += PREFILL_STEP
+        return moment
+
+    def _budget(self, position: int, shape: KVShape) -> int:
+        """Entries per stream under the ratio contract, and never fewer than are worth compressing."""
+        pages = self.budget_pages(position, shape)
+        assert pages is not None
+        return max(SMALLEST, pages * shape.page_size // shape.num_streams)
 
     def budget_pages(self, position: int, shape: KVShape) -> int | None:
         return None if self.ratio is None else allowed_pages(shape, position, self.ratio)
 
+    # ---- what
+
     def decide(self, inputs: PolicyInput) -> Decision | None:
         scores = self._score(inputs)
-        reserve = next_multiple(inputs.position, self.interval) - inputs.position
-        layer = LayerScores(scores, inputs.positions, inputs.live)
-        budget = self.budget_pages(inputs.position, inputs.shape)
-        if budget is not None:
-            share = LAYER_CAP / inputs.shape.num_layers if inputs.competes else inputs.layer_share
-            keep = self._select([layer], inputs.position, inputs.shape, int(budget * share), reserve)[0]
+        reserve = self._reserve(inputs.position) if inputs.competes else 0
+        candidates = self._candidates(LayerScores(scores, inputs.positions, inputs.live), inputs.position, inputs.shape)
+        ranking = rank(candidates)
+        size = inputs.shape.page_size
+        if self.coverage is not None:
+            room = cover(candidates, ranking, self.coverage, reserve, size)
         else:
-            raise NotImplementedError
-        return Decision(keep=keep, scores=scores, reserve=reserve)
+            share = LAYER_CAP / inputs.shape.num_layers if inputs.competes else inputs.layer_share
+            budget = int(allowed_pages(inputs.shape, inputs.position, self.ratio or 1.0) * min(1.0, share))
+            room = share_pages(candidates, ranking, budget, self.floor, reserve, size)
+        return self._fold(inputs, candidates, ranking, scores, room, reserve)
 
     def squeeze(self, layers: list[LayerScores], position: int, shape: KVShape) -> list[Decision]:
-        reserve = next_multiple(position, self.interval) - position
+        candidates = Candidates.stack([self._candidates(layer, position, shape) for layer in layers])
+        ranking, reserve = rank(candidates), self._reserve(position)
         budget = self.budget_pages(position, shape)
         assert budget is not None
-        return [Decision(keep=keep, reserve=reserve) for keep in self._select(layers, position, shape, budget, reserve)]
+        room = share_pages(candidates, ranking, budget, self.floor * len(layers) / shape.num_layers, reserve, shape.page_size)
+        keep = candidates.protected | (candidates.live & (ranking.rank < room[:, None]))
+        parts = keep.split(shape.num_kv_heads)
+        return [
+            Decision(keep=part[:, : layer.live.shape[1]], reserve=reserve) for part, layer in zip(parts, layers, strict=True)
+        ]
 
-    def _protected(self, layer: LayerScores, position: int) -> Tensor:
-        return layer.live & ((layer.positions < self.sinks) | (layer.positions >= position - self.recent_window))
+    def _reserve(self, position: int) -> int:
+        """Tokens until the next moment while decoding."""
+        return next_multiple(position, self.interval) - position
+
+    def _recent(self, position: int, shape: KVShape) -> int:
+        """Entries of the recent window."""
+        return RECENT_COVERAGE if self.ratio is None else int(self.recent * self._budget(position, shape))
+
+    def _candidates(self, layer: LayerScores, position: int, shape: KVShape) -> Candidates:
+        recent = layer.positions >= position - self._recent(position, shape)
+        return Candidates(layer.scores, layer.live, layer.live & ((layer.positions < self.sinks) | recent))
 
     def _score(self, inputs: PolicyInput) -> Tensor:
-        assert inputs.queries is not None and inputs.query_positions is not None
-        heads = inputs.shape.num_kv_heads
-        queries = inputs.queries.view(heads, -1, *inputs.queries.shape[1:])
-        bias = None if inputs.log_weights is None else inputs.log_weights
-        visible = inputs.live[:, None] & (inputs.positions[:, None] <= inputs.query_positions[None, :, None])
-        received = reference.attention_received(queries, inputs.keys, bias, visible, inputs.scale, inputs.softcap)
-        mass = received.mean(dim=(1, 2))
-        pooled = torch.nn.functional.avg_pool1d(mass[None], self.smoothing, 1, self.smoothing // 2, count_include_pad=False)[0]
-        pooled = pooled.masked_fill(~inputs.live, 0)
-        if inputs.scores is None:
-            return pooled
-        return torch.where(inputs.scores.isnan(), pooled, self.forgetting * inputs.scores + (1 - self.forgetting) * pooled)
+        assert inputs.sample_positions is not None
+        scores = importance.received(inputs, self.question_window, self.smoothing)
+        if self.foresight:
+            recent = self._recent(inputs.position, inputs.shape)
+            scores = scores + self.foresight * importance.foreseen(inputs, recent, smoothing=5)
+        scores = scores * inputs.values.float().norm(dim=-1)
+        if not bool(torch.isfinite(scores).all()):
+            raise NumericsError(
+                f"Scores of layer {inputs.layer} are NaN or infinite at token {inputs.position}, so no entry can be ranked. Check "
+                "the model's weights and dtype (float16 overflows where bfloat16 does not)."
+            )
+        passed = inputs.position - inputs.last_moment
+        return importance.carry(inputs.scores, scores, passed, self.half_life)
 
-    def _select(
-        self, layers: list[LayerScores], position: int, shape: KVShape, budget: int, reserve: int
-    ) -> list[Tensor]:
-        size = shape.page_size
-        widest = max(layer.live.shape[1] for layer in layers)
-        pad = lambda x, value: torch.nn.functional.pad(x, (0, widest - x.shape[1]), value=value)  # noqa
-        live = torch.cat([pad(x.live, False) for x in layers])
-        protected = torch.cat([pad(self._protected(x, position), False) for x in layers])
-        scores = torch.cat([pad(x.scores, 0.0) for x in layers])
-        candidate = live & ~protected
-        ranked, order = torch.where(candidate, scores, -1.0).sort(dim=1, descending=True, stable=True)
-        count = candidate.sum(1)
-        streams = live.shape[0]
-        base = -(-(protected.sum(1) + reserve) // size)
-        base = torch.maximum(base, torch.tensor(int(self.floor * budget / streams)))
-        base = torch.minimum(base, -(-(live.sum(1) + reserve) // size))
-        first = base * size - reserve - protected.sum(1)
-        most = -(-widest // size)
-        edges = first[:, None] + size * torch.arange(most + 1)
-        sums = torch.nn.functional.pad(ranked.clamp(min=0).cumsum(1), (1, 0))
-        value = sums.gather(1, edges.clamp(max=widest)).diff(dim=1)
-        value = value.masked_fill(edges[:, :-1] >= count[:, None], -1.0)
-        extra = max(0, budget - int(base.sum()))
-        taken = torch.zeros_like(value, dtype=torch.bool).flatten()
-        taken[value.flatten().topk(min(extra, value.numel())).indices] = True
-        pages = (taken.view_as(value) & (value >= 0)).sum(1)
-        room = first + pages * size
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(widest).expand_as(order))
-        keep = protected | (candidate & (rank < room[:, None]))
-        return [part[:, : x.live.shape[1]] for part, x in zip(keep.split(shape.num_kv_heads), layers, strict=True)]
+    def _fold(
+        self, inputs: PolicyInput, candidates: Candidates, ranking: Ranking, scores: Tensor, room: Tensor, reserve: int
+    ) -> Decision:
+        """Give `room` entries of each stream to exact and folded ones."""
+        slots = torch.where(ranking.count > room, (self.fold * room).long(), 0)
+        exact = room - slots
+        keep = candidates.protected | (candidates.live & (ranking.rank < exact[:, None]))
+        if not bool(slots.any()):
+            return Decision(keep=keep, scores=scores, reserve=reserve)
+        assert inputs.log_weights is not None
+        leaders, merge_into, log_weights = fold(
+            ranking.rank, exact, slots, scores, inputs.positions, inputs.log_weights
+        )
+        return Decision(
+            keep=keep | leaders,
+            merge_into=torch.where(keep, torch.arange(keep.shape[1], device=keep.device), merge_into),
+            share=(scores * inputs.log_weights.exp()).clamp(min=torch.finfo(torch.float32).tiny),
+            log_weights=log_weights,
+            scores=scores,
+            reserve=reserve,
+        )

@@ -22,12 +22,8 @@ class Policy(ABC):
     needs: ClassVar[str]
     guarantees: ClassVar[str]
     fields: ClassVar[tuple[str, ...]] = ()
+    observation_window = 0  # last queries of each row and layer that `decide` wants to see (W)
     uses_prompt_end: ClassVar[bool] = False  # whether the end of a prompt is a moment too
-
-    @property
-    def observation_window(self) -> int:
-        """Last queries of each row and layer that `decide` wants to see (W)."""
-        return 0
 
     @property
     def num_sinks(self) -> int:
