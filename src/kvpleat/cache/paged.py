@@ -18,7 +18,7 @@ from kvpleat.kernels import reference
 from kvpleat.types import Decision, KVShape, Rotary
 
 _owner_ids = itertools.count()
-MAX_SAMPLES = 256  # queries remembered of all tokens of a prompt since the last moment
+MAX_SAMPLES = 1024  # queries remembered of all tokens of a prompt since the last moment
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class PleatedCache(Cache):
         self.shares: list[list[float]] = []  # per row: share of each layer after the last competition between layers
         self.prompt_end: int | None = None  # columns at which the declared prompt ends
         self.prompt_open = False  # prompt tokens were fed whose end nobody declared
+        self.decoding = False  # known tokens are fed as if they had been generated
         self.interrupted = False  # a forward began and did not finish
 
     # ---- what users call

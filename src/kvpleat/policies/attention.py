@@ -174,7 +174,7 @@ class AttentionScore(Policy):
         scores = importance.received(inputs, self.question_window, self.smoothing)
         if self.foresight:
             recent = self._recent(inputs.position, inputs.shape)
-            scores = scores + self.foresight * importance.foreseen(inputs, recent, smoothing=5)
+            scores = scores + self.foresight * importance.foreseen(inputs, recent, smoothing=7)
         scores = scores * inputs.values.float().norm(dim=-1)
         if not bool(torch.isfinite(scores).all()):
             raise NumericsError(
