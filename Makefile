@@ -12,6 +12,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+QUESTION := According to the speech above, how large is the fund pledged by the Act of Bogota?
 # The name of the stamp holds what was installed: change TORCH or pyproject.toml and the next run installs again.
 STAMP  := $(VENV)/.installed-$(shell (echo '$(TORCH)'; cat pyproject.toml) | cksum | cut -d ' ' -f 1)
 
@@ -19,7 +20,8 @@ STAMP  := $(VENV)/.installed-$(shell (echo '$(TORCH)'; cat pyproject.toml) | cks
 .DEFAULT_GOAL := test
 
 demo: install
-	$(BIN)/python examples/demo.py
+	$(BIN)/kvpleat generate --compare --policy attention --ratio 4 --max-new-tokens 48 \
+		--prompt-file examples/kennedy-1961.txt --prompt '$(QUESTION)'
 
 test: lint
 	$(BIN)/python -m pytest

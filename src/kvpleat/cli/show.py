@@ -77,28 +77,28 @@ def status_line(report: MemoryReport) -> str:
 
 
 def kept_picture(kept: Tensor, tokens: int, width: int = 80) -> Text:
-    """Kept entries as a picture: one column per layer, one row per KV head.
+    """Kept entries as a picture: a column per layer, a row per KV head; the fullest stream is a full block.
 
     Args:
         kept: [layers, kv_heads] mean entries per row.
-        tokens: that the cache has seen: the height of a full block.
+        tokens: that the cache has seen.
         width: of the terminal, in characters; more layers than fit are continued below.
     """
     rows = _head_rows(kept)
+    layers, most = kept.shape[0], float(kept.max())
     margin = max(len(name) for name, _ in rows) + 2
-    cell = 2 if kept.shape[0] * 2 + margin <= width else 1
-    step = (width - margin) // cell
-    picture = Text(
-        f"kept entries: a column per layer, a row per KV head; {BLOCKS[-1]} = all {tokens:,}\n", style="bold"
-    )
-    for first in range(0, kept.shape[0], step):
-        layers = range(first, min(first + step, kept.shape[0]))
+    cell = 2 if layers * 2 + margin <= width else 1
+    parts = -(-layers * cell // (width - margin))
+    step = -(-layers // (5 * parts)) * 5
+    picture = Text(f"entries kept of {tokens:,} tokens, by layer (across) and KV head; {BLOCKS[-1]} = {most:,.0f}\n")
+    for first in range(0, layers, step):
+        part = range(first, min(first + step, layers))
         for name, counts in rows:
-            picture.append(f"{name:<{margin}}", style="default not bold")
-            for layer in layers:
-                _append_cell(picture, counts[layer] / max(tokens, 1), cell)
+            picture.append(f"{name:<{margin}}")
+            for layer in part:
+                _append_cell(picture, counts[layer] / max(most, 1), cell)
             picture.append("\n")
-        picture.append(f"{'layer':<{margin}}{_ruler(layers, cell)}\n", style="dim not bold")
+        picture.append(f"{'layer':<{margin}}{_ruler(part, cell)}\n", style="dim")
     picture.rstrip()
     return picture
 
@@ -113,10 +113,10 @@ def _ruler(layers: range, cell: int) -> str:
 
 
 def _append_cell(picture: Text, share: float, cell: int) -> None:
-    level = min(max(share, 0.0), 1.0)
-    shade = SHADES[min(int(level * len(SHADES)), len(SHADES) - 1)]
-    block = BLOCKS[min(round(level * len(BLOCKS)), len(BLOCKS)) - 1] if level * len(BLOCKS) >= 0.5 else BLOCKS[0]
-    picture.append(block * (cell - 1 or 1) + " " * (cell - 1), style=f"{shade} not bold")
+    """One stream: a block as high as its share of the fullest stream, and the space to the next layer."""
+    block = BLOCKS[max(round(share * len(BLOCKS)), 1) - 1]
+    shade = SHADES[max(round(share * len(SHADES)), 1) - 1]
+    picture.append(block.ljust(cell), style=shade)
 
 
 def _head_rows(kept: Tensor) -> list[tuple[str, list[float]]]:
