@@ -228,11 +228,13 @@ def poison(model: Any, where: str) -> None:
 def test_nan_weights(model: Any, policy: Policy, where: str, use: str) -> None:
     """NaN anywhere in the model: generate and prefill say so, instead of handing on noise."""
     poison(model, where)
-    with compress(model, policy) as pleated, pytest.raises(NumericsError, match=r"NaN.*Check the.*weights"):
-        if use == "generate":
-            generate(model, models.prompt(60))
-        else:
-            pleated.prefill(models.prompt(60), cache=pleated.new_cache())
+    with compress(model, policy) as pleated:
+        uses = {
+            "generate": lambda: generate(model, models.prompt(60)),
+            "prefill": lambda: pleated.prefill(models.prompt(60), cache=pleated.new_cache()),
+        }
+        with pytest.raises(NumericsError, match=r"NaN.*Check the.*weights"):
+            uses[use]()
 
 
 # ---- attach and detach
