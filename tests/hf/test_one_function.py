@@ -290,7 +290,14 @@ def conversation(model: Any, pleated: Any, cache: PleatedCache, way: Feeder, mid
     return torch.cat(logits)
 
 
-ATTENTION = AttentionScore(ratio=2.0, recent_window=16, observation_window=16)
+def long_conversation(model: Any, pleated: Any, cache: PleatedCache, size: int) -> Tensor:
+    """A prompt of 330 tokens in pieces of `size`, and 40 decoded tokens: logits [41, vocabulary]."""
+    first = pleated.prefill(models.prompt(330), cache=cache, chunk_size=size)
+    return torch.cat([first, feed(model, models.prompt(40, seed=1)[0], cache, [1])])
+
+
+ATTENTION = AttentionScore(ratio=2.0)
+OTHERS = (AttentionScore(ratio=3.0, slack=1.5), AttentionScore(coverage=0.8), AttentionScore(ratio=2.0, fold=0.6))
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -308,6 +315,15 @@ class TestAttentionScore:
             close(found, expected)
             same_entries(pieces, whole)
             pleated.pool.check_integrity({c.kv.owner: c.kv.owned_pages() for c in (whole, pieces) if c.kv})
+
+    @pytest.mark.parametrize("policy", OTHERS, ids=repr)
+    def test_other_options_however_they_are_fed(self, family: str, policy: AttentionScore) -> None:
+        """Moments inside a prompt, the coverage contract, and more folding: still the tokens decide."""
+        model = models.tiny(family)
+        with compress(model, policy) as pleated:
+            expected = long_conversation(model, pleated, pleated.new_cache(), 1000)
+            for size in (1, 50):
+                close(long_conversation(model, pleated, pleated.new_cache(), size), expected)
 
     def test_it_compresses(self, family: str) -> None:
         """The comparison above is not one of two full caches."""
@@ -373,10 +389,39 @@ class TestAttentionScore:
             expected = conversation(model, pleated, pleated.new_cache(), declared(1000))
             close(conversation(model, pleated, pleated.new_cache(), declared(1000), through_a_file), expected)
 
+    @pytest.mark.parametrize("how", ["fork", "file"])
+    def test_leaving_in_the_middle_of_a_prompt(self, family: str, how: str, tmp_path: Path) -> None:
+        """A cache forked, or saved and loaded, between two pieces of a prompt goes on as one that was not."""
+        model, ids, after = models.tiny(family), models.prompt(150), models.prompt(20, seed=1)[0]
+        with compress(model, ATTENTION) as pleated:
+            whole = pleated.new_cache()
+            expected = torch.cat([pleated.prefill(ids, cache=whole), feed(model, after, whole, [1])])
+            cache = pleated.new_cache()
+            cache.expect_prompt(150)
+            feed(model, ids[0, :90], cache, [90])
+            if how == "file":
+                cache.save(tmp_path / "chat.safetensors")
+                cache = pleated.load_cache(tmp_path / "chat.safetensors")
+            else:
+                cache = cache.fork()
+            found = torch.cat([feed(model, ids[0, 90:], cache, [60])[-1:], feed(model, after, cache, [1])])
+            close(found, expected)
+            same_entries(cache, whole)
+
+    def test_continue_with_is_decoding(self, family: str) -> None:
+        """Known tokens fed at once as a continuation equal the same tokens decoded one by one."""
+        model, after = models.tiny(family), models.prompt(75, seed=1)
+        with compress(model, ATTENTION) as pleated:
+            one, other = pleated.new_cache(), pleated.new_cache()
+            for cache in (one, other):
+                pleated.prefill(models.prompt(120), cache=cache)
+            close(pleated.continue_with(after, cache=other)[0], feed(model, after[0], one, [1]))
+            same_entries(other, one)
+
     def test_ratio_is_kept_at_every_step(self, family: str) -> None:
         """Allocated bytes never exceed full / ratio after the prompt, in decode and over a second turn."""
         model = models.tiny(family)
-        with compress(model, AttentionScore(ratio=3.0, recent_window=16, observation_window=16)) as pleated:
+        with compress(model, AttentionScore(ratio=3.0)) as pleated:
             cache = pleated.new_cache()
             pleated.prefill(models.prompt(300), cache=cache)
             assert_ratio(pleated, cache, 3.0)
@@ -400,7 +445,7 @@ class TestAttentionScore:
     def test_sinks_and_recent_window_stay_exact(self, family: str) -> None:
         """After a prompt, the keys and values of sinks and recent window are those of a full cache, bit for bit."""
         model, ids = models.tiny(family), models.prompt(300)
-        policy = AttentionScore(ratio=4.0, recent_window=16, observation_window=16)
+        policy = AttentionScore(ratio=4.0)
         with compress(model, Full()) as pleated:
             full = pleated.new_cache()
             pleated.prefill(ids, cache=full)
@@ -408,7 +453,10 @@ class TestAttentionScore:
         with compress(model, policy) as pleated:
             cache = pleated.new_cache()
             pleated.prefill(ids, cache=cache)
-            wanted = [*range(policy.sinks), *range(300 - policy.recent_window, 300)]
+            wanted = [
+                *range(policy.sinks),
+                *range(300 - 16, 300),
+            ]  # the recent window is a share of the budget, above 16
             for layer, whole in enumerate(exact):
                 entries = cache.kv.entries(layer, 0)
                 for head in range(pleated.facts.shape.num_kv_heads):
