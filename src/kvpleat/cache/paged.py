@@ -64,20 +64,18 @@ class PagedKVCache:
 
     # ---- reading
 
-    def entries(self, layer: int, row: int, names: tuple[str, ...] | None = None) -> Entries:
-        """The entries of one layer of one row; `names`: side arrays to read (default: all; keys and values always)."""
+    def entries(self, layer: int, row: int) -> Entries:
+        """The entries of one layer of one row."""
         slots, live = self._slots(layer, row)
-        fields = {}
-        for name in self.shape.fields if names is None else names:
-            fields[name] = self.pool.slots(name)[slots].masked_fill_(~live, 0)
         hole = ~live[..., None]
-        keys = self.pool.slots("key")[slots].masked_fill_(hole, 0)
-        return Entries(live, keys, self.pool.slots("value")[slots].masked_fill_(hole, 0), fields)
+        keys, values = (self.pool.slots(name)[slots].masked_fill_(hole, 0) for name in ("key", "value"))
+        fields = {name: self.pool.slots(name)[slots].masked_fill_(~live, 0) for name in self.shape.fields}
+        return Entries(live, keys, values, fields)
 
-    def field(self, name: str, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """One side array of one layer of one row, without keys and values: ([H, N] values, [H, N] live)."""
+    def fields(self, layer: int, row: int) -> tuple[dict[str, Tensor], Tensor]:
+        """All side arrays of one layer of one row, without keys and values: [H, N] each, and [H, N] live."""
         slots, live = self._slots(layer, row)
-        return self.pool.slots(name)[slots].masked_fill_(~live, 0), live
+        return {name: self.pool.slots(name)[slots].masked_fill_(~live, 0) for name in self.shape.fields}, live
 
     def pieces(self, layer: int, row: int, head: int) -> list[list[int]]:
         """Runs of slots [first, count] that a stream occupies, in order; the last may reach past its length."""
@@ -161,19 +159,21 @@ class PagedKVCache:
     def apply(self, layer: int, row: int, decision: Decision) -> None:
         """Carry out a policy's decision on one layer of one row: merge, evict, compact, and return the pages."""
         self._check_open()
+        slots, live = self._slots(layer, row)
+        if decision.scores is not None:
+            self.pool.slots("score")[slots[live]] = decision.scores[live]
+        if decision.merge_into is None and bool((decision.keep | ~live).all()):
+            return
         old = self.entries(layer, row)
-        keep = decision.keep & old.live
         new: dict[str, Tensor] = {"key": old.keys, "value": old.values, **old.fields}
         if decision.merge_into is not None:
             assert decision.share is not None and decision.log_weights is not None
-            target = torch.where(old.live, decision.merge_into, -1)
+            target = torch.where(live, decision.merge_into, -1)
             new["key"], new["value"] = reference.merge_into(
                 old.keys, old.values, old.fields["position"], target, decision.share, self.rotary
             )
             new["log_weight"] = decision.log_weights
-        if decision.scores is not None:
-            new["score"] = decision.scores
-        self._rewrite(layer, row, keep, new, decision.reserve)
+        self._rewrite(layer, row, decision.keep & live, new, decision.reserve)
 
     def _rewrite(self, layer: int, row: int, keep: Tensor, new: dict[str, Tensor], reserve: int) -> None:
         """Replace the streams by their kept entries, in order, in fresh pages."""

@@ -20,7 +20,6 @@ from kvpleat.policies.base import LayerScores
 from kvpleat.types import Phase, PolicyInput
 
 IMPLEMENTATION = "kvpleat"  # the name in transformers' AttentionInterface and AttentionMaskInterface
-OVERSHOOT = 1.125  # layers may hold this much of the budget before they compete in the middle of a prefill
 
 
 @dataclass
@@ -245,25 +244,25 @@ def decide(
     decision = policy.decide(inputs)
     if decision is not None:
         kv.apply(layer, row, decision)
-    if competes and call.phase is Phase.PREFILL:
-        squeeze(cache, row, moment, layer + 1, OVERSHOOT)
+    if competes and call.phase is Phase.PREFILL and layer + 1 < kv.shape.num_layers:
+        squeeze(cache, row, moment, layer + 1)
 
 
-def squeeze(cache: PleatedCache, row: int, moment: int, num_layers: int, tolerance: float) -> None:
-    """Let the first `num_layers` layers of a row compete, where they hold more than `tolerance` times the row's budget.
+def squeeze(cache: PleatedCache, row: int, moment: int, num_layers: int) -> None:
+    """Let the first `num_layers` layers of a row compete, where they hold more than the row's budget.
 
     What loses among some layers would lose among all, so that competing early changes the peak and not the outcome.
     """
     kv, policy = cache.kv, cache.pleated.policy
     assert kv is not None
-    budget = policy.budget_pages(moment, kv.shape)
-    if budget is None or int(kv.num_pages[row, :num_layers].sum()) <= tolerance * budget:
+    if not policy.over_budget(kv.lengths[row, :num_layers], moment, kv.shape):
         return
+    final = num_layers == kv.shape.num_layers
     layers = []
     for layer in range(num_layers):
-        scores, live = kv.field("score", layer, row)
-        layers.append(LayerScores(scores, kv.field("position", layer, row)[0], live))
-    for layer, decision in enumerate(policy.squeeze(layers, moment, kv.shape)):
+        fields, live = kv.fields(layer, row)
+        layers.append(LayerScores(fields["score"], fields["position"], live, fields.get("log_weight")))
+    for layer, decision in enumerate(policy.squeeze(layers, moment, kv.shape, final)):
         kv.apply(layer, row, decision)
 
 
@@ -272,7 +271,7 @@ def finish(call: ForwardCall) -> None:
     cache, kv = call.cache, _kv(call)
     for row, moments in enumerate(call.moments):
         if moments and call.competes(row, moments[-1]):
-            squeeze(cache, row, moments[-1], kv.shape.num_layers, 1.0)
+            squeeze(cache, row, moments[-1], kv.shape.num_layers)
             held = kv.num_pages[row].sum(dim=1).double()
             cache.shares[row] = (held / held.sum().clamp(min=1)).tolist()
         if moments:

@@ -1,7 +1,7 @@
 """AttentionScore: selective and adaptive compression without training, by the attention that entries receive."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from kvpleat.policies.selection import Candidates, Ranking, cover, rank, share_p
 from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 
 LAYER_CAP = 3.0  # a layer may bring this many times an equal share into the competition between layers
+OVERSHOOT = 1.125  # layers may hold this much of the budget before they compete in the middle of a prefill
 SMALLEST = 128  # entries per stream below which a prompt is not compressed before its end
 PREFILL_STEP = 64  # interim moments of a prompt are multiples of this
 RECENT_COVERAGE = 64  # recent window (entries) under the coverage contract, which knows no budget
@@ -122,40 +123,53 @@ class AttentionScore(Policy):
 
     def _budget(self, position: int, shape: KVShape) -> int:
         """Entries per stream under the ratio contract, and never fewer than are worth compressing."""
-        pages = self.budget_pages(position, shape)
-        assert pages is not None
-        return max(SMALLEST, pages * shape.page_size // shape.num_streams)
+        return max(SMALLEST, self._pages(position, shape) * shape.page_size // shape.num_streams)
 
-    def budget_pages(self, position: int, shape: KVShape) -> int | None:
-        return None if self.ratio is None else allowed_pages(shape, position, self.ratio)
+    def _pages(self, position: int, shape: KVShape) -> int:
+        """Pages that all streams of a row may hold together under the ratio contract."""
+        assert self.ratio is not None
+        return allowed_pages(shape, position, self.ratio)
 
     # ---- what
 
     def decide(self, inputs: PolicyInput) -> Decision | None:
         scores = self._score(inputs)
-        reserve = self._reserve(inputs.position) if inputs.competes else 0
-        candidates = self._candidates(LayerScores(scores, inputs.positions, inputs.live), inputs.position, inputs.shape)
-        ranking = rank(candidates)
-        size = inputs.shape.page_size
+        layer = LayerScores(scores, inputs.positions, inputs.live, inputs.log_weights)
+        candidates = self._candidates(layer, inputs.position, inputs.shape)
+        ranking, size = rank(candidates), inputs.shape.page_size
         if self.coverage is not None:
+            reserve = self._reserve(inputs.position) if inputs.competes else 0
             room = cover(candidates, ranking, self.coverage, reserve, size)
-        else:
-            share = LAYER_CAP / inputs.shape.num_layers if inputs.competes else inputs.layer_share
-            budget = int(allowed_pages(inputs.shape, inputs.position, self.ratio or 1.0) * min(1.0, share))
-            room = share_pages(candidates, ranking, budget, self.floor, reserve, size)
-        return self._fold(inputs, candidates, ranking, scores, room, reserve)
+            return replace(self._fold(layer, candidates, ranking, room, reserve), scores=scores)
+        share = LAYER_CAP / inputs.shape.num_layers if inputs.competes else inputs.layer_share
+        budget = int(self._pages(inputs.position, inputs.shape) * min(1.0, share))
+        room = share_pages(candidates, ranking, budget, self.floor, 0, size)
+        if inputs.competes:  # what remains is settled between the layers, in `squeeze`
+            return Decision(keep=candidates.protected | (candidates.live & (ranking.rank < room[:, None])), scores=scores)
+        return replace(self._fold(layer, candidates, ranking, room, reserve=0), scores=scores)
 
-    def squeeze(self, layers: list[LayerScores], position: int, shape: KVShape) -> list[Decision]:
+    def over_budget(self, lengths: Tensor, position: int, shape: KVShape) -> bool:
+        if self.ratio is None:
+            return False
+        tolerance = 1.0 if lengths.shape[0] == shape.num_layers else OVERSHOOT
+        pages = -(-(lengths + self._reserve(position)) // shape.page_size)
+        return int(pages.sum()) > tolerance * self._pages(position, shape)
+
+    def squeeze(self, layers: list[LayerScores], position: int, shape: KVShape, final: bool) -> list[Decision]:
         candidates = Candidates.stack([self._candidates(layer, position, shape) for layer in layers])
         ranking, reserve = rank(candidates), self._reserve(position)
-        budget = self.budget_pages(position, shape)
-        assert budget is not None
-        room = share_pages(candidates, ranking, budget, self.floor * len(layers) / shape.num_layers, reserve, shape.page_size)
-        keep = candidates.protected | (candidates.live & (ranking.rank < room[:, None]))
-        parts = keep.split(shape.num_kv_heads)
-        return [
-            Decision(keep=part[:, : layer.live.shape[1]], reserve=reserve) for part, layer in zip(parts, layers, strict=True)
-        ]
+        floor = self.floor * len(layers) / shape.num_layers
+        room = share_pages(candidates, ranking, self._pages(position, shape), floor, reserve, shape.page_size)
+        decisions = []
+        for i, layer in enumerate(layers):
+            heads, width = slice(i * shape.num_kv_heads, (i + 1) * shape.num_kv_heads), layer.live.shape[1]
+            part = Candidates(*(x[heads, :width] for x in (candidates.scores, candidates.live, candidates.protected)))
+            its = Ranking(ranking.scores[heads, :width], ranking.rank[heads, :width], ranking.count[heads])
+            if final:
+                decisions.append(self._fold(layer, part, its, room[heads], reserve))
+            else:
+                decisions.append(Decision(keep=part.protected | (part.live & (its.rank < room[heads, None]))))
+        return decisions
 
     def _reserve(self, position: int) -> int:
         """Tokens until the next moment while decoding."""
@@ -185,23 +199,22 @@ class AttentionScore(Policy):
         return importance.carry(inputs.scores, scores, passed, self.half_life)
 
     def _fold(
-        self, inputs: PolicyInput, candidates: Candidates, ranking: Ranking, scores: Tensor, room: Tensor, reserve: int
+        self, layer: LayerScores, candidates: Candidates, ranking: Ranking, room: Tensor, reserve: int
     ) -> Decision:
-        """Give `room` entries of each stream to exact and folded ones."""
+        """Give `room` entries of each stream, beside the protected ones, to exact and folded entries."""
         slots = torch.where(ranking.count > room, (self.fold * room).long(), 0)
         exact = room - slots
         keep = candidates.protected | (candidates.live & (ranking.rank < exact[:, None]))
         if not bool(slots.any()):
-            return Decision(keep=keep, scores=scores, reserve=reserve)
-        assert inputs.log_weights is not None
+            return Decision(keep=keep, reserve=reserve)
+        assert layer.log_weights is not None
         leaders, merge_into, log_weights = fold(
-            ranking.rank, exact, slots, scores, inputs.positions, inputs.log_weights
+            ranking.rank, exact, slots, layer.scores, layer.positions, layer.log_weights
         )
         return Decision(
             keep=keep | leaders,
             merge_into=torch.where(keep, torch.arange(keep.shape[1], device=keep.device), merge_into),
-            share=(scores * inputs.log_weights.exp()).clamp(min=torch.finfo(torch.float32).tiny),
+            share=(layer.scores * layer.log_weights.exp()).clamp(min=torch.finfo(torch.float32).tiny),
             log_weights=log_weights,
-            scores=scores,
             reserve=reserve,
         )

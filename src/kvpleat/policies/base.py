@@ -52,22 +52,27 @@ class Policy(ABC):
     def decide(self, inputs: PolicyInput) -> Decision | None:
         """What becomes of the entries of one layer of one row at a moment; None: leave all as it is."""
 
-    def budget_pages(self, position: int, shape: KVShape) -> int | None:
-        """Pages that all layers of a row may hold together at `position` tokens; None: layers do not compete."""
-        return None
+    def over_budget(self, lengths: Tensor, position: int, shape: KVShape) -> bool:
+        """Whether layers that hold so many entries together have to compete at `position` tokens.
 
-    def squeeze(self, layers: "list[LayerScores]", position: int, shape: KVShape) -> list[Decision]:
-        """Cut layers that hold more than `budget_pages` together down to it, at a prompt's end or a decode moment.
+        Args:
+            lengths: [l, H] entries of each stream; in the middle of a prefill only of the l layers that are done.
+        """
+        return False
+
+    def squeeze(self, layers: "list[LayerScores]", position: int, shape: KVShape, final: bool) -> list[Decision]:
+        """Cut layers that are over budget down to it, at a prompt's end or a decode moment.
 
         Args:
             layers: what each layer holds; during a prefill only the layers that are done.
             position: tokens seen by the row.
             shape: of the model.
+            final: all layers are here, and what is decided now stays; else only room is made for the next ones.
 
         Returns:
             one decision per layer.
         """
-        raise NotImplementedError(f"{self.name} sets a budget and does not say how layers compete for it")
+        raise NotImplementedError(f"{self.name} has a budget and does not say how layers compete for it")
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options, JSON-ready; `from_dict` in the registry is the inverse."""
@@ -76,8 +81,9 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What `squeeze` sees of a layer: [H, N] scores, positions and live, entries in order of position."""
+    """What `squeeze` sees of a layer: [H, N] scores, positions, live and log-weights, entries in order of position."""
 
     scores: Tensor
     positions: Tensor
     live: Tensor
+    log_weights: Tensor | None
