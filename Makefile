@@ -1,5 +1,6 @@
 # make demo   answer a question about a long document, with the full cache and with a compressed one, side by side
 # make test   everything that must hold: lint, format, types, tests
+# make lint, format, clean
 #
 # Both work in a bare clone on a machine with python3 (3.11 or newer): the first run makes .venv and installs into it.
 #

@@ -74,7 +74,7 @@ def generate(
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    prefill_chunk: options.PrefillChunk = 2048,
+    prefill_chunk: options.PrefillChunk = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
@@ -138,7 +138,7 @@ def chat(
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    prefill_chunk: options.PrefillChunk = 2048,
+    prefill_chunk: options.PrefillChunk = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Chat over one compressed cache. /report, /save FILE, /load FILE, /reset and /quit are commands."""

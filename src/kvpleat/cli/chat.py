@@ -165,7 +165,7 @@ class LiveReply:
             self._next_status = time.monotonic() + 0.25
 
     @contextmanager
-    def prefilling(self, seen: Callable[[], int], total: int) -> Iterator[Callable[[], None]]:
+    def prefilling(self, seen: Callable[[], int] | None, total: int) -> Iterator[Callable[[], None]]:
         """A progress bar until the first token, the live reply from then on."""
         with show.prefilling(self._console, "reading")(seen, total) as done:
 

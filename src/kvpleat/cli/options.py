@@ -25,14 +25,14 @@ class Decoding:
         max_new_tokens: tokens to generate at most.
         temperature, top_p: of sampling; greedy where both are None.
         seed: of sampling.
-        prefill_chunk: tokens of the prompt a piece; the result does not depend on it.
+        prefill_chunk: tokens of the prompt a piece, or None for one piece; the result does not depend on it.
     """
 
     max_new_tokens: int = 128
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 < self.temperature <= 100:
@@ -154,7 +154,7 @@ System = Annotated[str | None, typer.Option(help="System message, for models wit
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the GPU if there is one]")]
 PrefillChunk = Annotated[
-    int, typer.Option(min=1, help="Tokens of the prompt a piece; the result does not depend on it.")
+    int | None, typer.Option(min=1, help="Feed the prompt in pieces of so many tokens; the result is the same.")
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")

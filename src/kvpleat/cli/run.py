@@ -18,8 +18,9 @@ from kvpleat.hf.families import describe
 from kvpleat.hf.models import LoadedModel
 from kvpleat.policies import Policy
 
-Prefilling = Callable[[Callable[[], int], int], AbstractContextManager[Callable[[], None]]]
-"""Shows a prefill: (tokens done so far, tokens in all) -> context whose value is called at the first token."""
+Prefilling = Callable[[Callable[[], int] | None, int], AbstractContextManager[Callable[[], None]]]
+"""Shows a prefill: (what tells the tokens done so far, or None for a prefill in one piece; tokens in all) -> a context
+whose value is called at the first token."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ def continue_cache(
     mask = torch.ones(1, seen + ids.shape[1], dtype=torch.long, device=ids.device)
     pad = loaded.tokenizer.pad_token_id
     torch.manual_seed(decoding.seed)
+    pieces = decoding.prefill_chunk is not None and decoding.prefill_chunk < ids.shape[1]
     start = time.perf_counter()
-    with prefilling(lambda: cache.get_seq_length() - seen, ids.shape[1]) as done:
+    with prefilling((lambda: cache.get_seq_length() - seen) if pieces else None, ids.shape[1]) as done:
         streamer = CallbackStreamer(loaded.tokenizer, on_text, done)
         out = loaded.model.generate(
             ids,

@@ -20,23 +20,32 @@ MAX_HEADS = 8  # more heads than this become four rows: the one that keeps most,
 class _SeenTokens(ProgressColumn):
     """Asks the cache how many tokens it has seen; generate() itself reports nothing before the first token."""
 
-    def __init__(self, seen: Callable[[], int]) -> None:
+    def __init__(self, seen: Callable[[], int] | None, total: int) -> None:
         super().__init__()
         self._seen = seen
+        self._total = total
 
     def render(self, task: Task) -> Text:
+        if self._seen is None:
+            return Text(f"{self._total:,} tokens")
         task.completed = self._seen()
-        return Text(f"{int(task.completed):>6,} of {int(task.total or 0):,} tokens")
+        return Text(f"{int(task.completed):>6,} of {self._total:,} tokens")
 
 
 def prefilling(console: Console, title: str) -> Prefilling:
     """A progress bar for prefills on `console`, gone when the first token comes; nothing where it is no terminal."""
 
     @contextmanager
-    def show(seen: Callable[[], int], total: int) -> Iterator[Callable[[], None]]:
-        columns = (SpinnerColumn(), TextColumn(title), _SeenTokens(seen), BarColumn(bar_width=24), TimeElapsedColumn())
+    def show(seen: Callable[[], int] | None, total: int) -> Iterator[Callable[[], None]]:
+        columns = (
+            SpinnerColumn(),
+            TextColumn(title),
+            _SeenTokens(seen, total),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+        )
         bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        bar.add_task(title, total=total)
+        bar.add_task(title, total=None if seen is None else total)  # None: a pulse
         with bar:
             yield bar.stop
 
