@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from typer.main import get_command
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from kvpleat import policies
 from kvpleat.accounting import MemoryReport

@@ -143,16 +143,17 @@ def load_model(name: str, dtype: str | None, device: str | None, trust_remote_co
 Model = Annotated[str, typer.Option(help="smollm2-135m, a folder, or a name on the hub.")]
 PolicyName = Annotated[str, typer.Option("--policy", help="full, window or attention; see `kvpleat policies`.")]
 Ratio = Annotated[
-    float | None, typer.Option(help="Compression ratio: full over compressed bytes, at least 1. [default: 4]")
+    float | None,
+    typer.Option(help="Compression ratio: full over compressed bytes, at least 1 (default: 4, unless --coverage)."),
 ]
 Coverage = Annotated[float | None, typer.Option(help="Share of attention to keep, such as 0.98, instead of a ratio.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature. [default: greedy]")]
+Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature (default: greedy).")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up this share.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 System = Annotated[str | None, typer.Option(help="System message, for models with a chat template.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's]")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: the GPU if there is one]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the checkpoint's).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: the GPU if there is one).")]
 PrefillChunk = Annotated[
     int | None, typer.Option(min=1, help="Feed the prompt in pieces of so many tokens; the result is the same.")
 ]
