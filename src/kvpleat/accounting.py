@@ -1,8 +1,8 @@
 """The one meter: every memory figure of kvpleat is computed here, from real counts of pages and entries.
 
-full: what an uncompressed cache would hold for the same tokens. live: what attention can read. allocated: what the pages
-occupy, holes and side arrays included. overhead: page tables, free lists and observed queries, beside the pages. A mask
-is never a saving: only allocated bytes make a compression ratio.
+full: what an uncompressed cache would hold for the same tokens. live: what attention can read. allocated: what the
+pages occupy, holes and side arrays included. overhead: page tables, free lists and observed queries, beside the pages.
+A mask is never a saving: only allocated bytes make a compression ratio.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class MemoryReport:
     """Memory of one cache. Bytes cover all rows and layers.
 
     Args:
-        full_bytes, live_bytes, allocated_bytes, peak_allocated_bytes: as defined at the top of this file. Sliding-window
-            layers, which kvpleat leaves as they are, count the same in all of them.
+        full_bytes, live_bytes, allocated_bytes, peak_allocated_bytes: as defined at the top of this file.
+            Sliding-window layers, which kvpleat leaves as they are, count the same in all of them.
         overhead_bytes: page tables, free lists and observed queries of the policy.
         kept: [L, H] live entries of each layer and KV head, mean over rows, float32.
         seen_tokens: tokens that passed through the cache, summed over rows, padding left out.

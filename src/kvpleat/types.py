@@ -52,7 +52,8 @@ class KVShape:
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
             raise OptionError(
-                f"page_size={self.page_size}: the kernels know pages of {PAGE_SIZES} entries. Pass 16 (less waste) or 32."
+                f"page_size={self.page_size}: the kernels know pages of {PAGE_SIZES} entries. Pass 16 (less waste) or "
+                "32."
             )
         if self.num_q_heads % self.num_kv_heads:
             raise OptionError(

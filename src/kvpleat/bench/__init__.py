@@ -1,1 +1,1 @@
-"""Measuring: quality beside the full cache, speed beside transformers' own. Every figure in the docs comes from here."""
+"""Measuring: quality beside the full cache, speed beside transformers' own. Figures in the docs come from here."""

@@ -1,8 +1,8 @@
 """Quality of policies beside the full cache, on the same items: `python -m kvpleat.bench.quality --help`.
 
-Two tasks. Continuation: a prompt of real text is compressed, and the next 256 tokens are decoded one by one with the true
-tokens fed back; the figure is their perplexity over the full cache's. Pass key: a number is hidden at a random depth of real
-text and asked for at the end; the figure is the share of prompts answered right.
+Two tasks. Continuation: a prompt of real text is compressed, and the next 256 tokens are decoded one by one with the
+true tokens fed back; the figure is their perplexity over the full cache's. Pass key: a number is hidden at a random
+depth of real text and asked for at the end; the figure is the share of prompts answered right.
 """
 
 import argparse
@@ -83,7 +83,9 @@ def token_windows(loaded: LoadedModel, path: Path, length: int, count: int, seed
             windows.append((source, torch.tensor(tokens[:length])))
         if len(windows) == count:
             return windows
-    raise OptionError(f"{path} holds {len(windows)} windows of {length} tokens and {count} were asked for. Ask for fewer.")
+    raise OptionError(
+        f"{path} holds {len(windows)} windows of {length} tokens and {count} were asked for. Ask for fewer."
+    )
 
 
 def pass_key_prompts(
@@ -137,7 +139,9 @@ def answers_pass_key(pleated: Pleated, prompt: Tensor, answer: Tensor) -> tuple[
 
 def run(loaded: LoadedModel, chosen: list[Policy], args: argparse.Namespace, progress: Progress) -> list[Result]:
     """Every policy on the same items."""
-    windows = token_windows(loaded, args.data, args.prompt + args.tokens, args.windows, args.seed) if args.windows else []
+    windows = (
+        token_windows(loaded, args.data, args.prompt + args.tokens, args.windows, args.seed) if args.windows else []
+    )
     keys = {}
     for length in args.pass_key_lengths if args.pass_keys else []:
         filler = token_windows(loaded, args.data, length, args.pass_keys, args.seed + length)
@@ -171,14 +175,20 @@ def table(results: list[Result]) -> Table:
     for length in full.correct:
         out.add_column(f"pass key {length}")
     for result in results:
-        options = {k: v for k, v in result.policy.items() if v is not None and k in ("ratio", "budget", "coverage", "slack")}
+        options = {
+            k: v for k, v in result.policy.items() if v is not None and k in ("ratio", "budget", "coverage", "slack")
+        }
         cells = [" ".join([result.policy["name"], *(f"{k}={v:g}" for k, v in options.items())])]
         all_ratios = [x for ratios in result.ratios.values() for x in ratios]
         cells.append(f"{sum(all_ratios) / len(all_ratios):.2f}")
         if result.losses:
             ours, base = (metrics.perplexity([x for losses in r.losses for x in losses]) for r in (result, full))
             low, high = metrics.paired_interval(result.losses, full.losses)
-            cells += [f"{ours:.3f}", f"{100 * (ours / base - 1):+.2f}%", f"{100 * (low - 1):+.2f} to {100 * (high - 1):+.2f}%"]
+            cells += [
+                f"{ours:.3f}",
+                f"{100 * (ours / base - 1):+.2f}%",
+                f"{100 * (low - 1):+.2f} to {100 * (high - 1):+.2f}%",
+            ]
         else:
             cells += ["", "", ""]
         cells += [f"{sum(c)}/{len(c)}" for c in result.correct.values()]

@@ -1,8 +1,9 @@
 """Decode speed and prefill memory beside transformers' DynamicCache: `python -m kvpleat.bench.speed --help`.
 
-Both caches are filled with the same real text by the same weights, then decode alternately, one step each, so that whatever
-else the machine does falls on both. The floor is printed first: bytes of weights and of live entries over the measured copy
-bandwidth. A speed is refused when kvpleat's own full cache does not give DynamicCache's logits in the same run.
+Both caches are filled with the same real text by the same weights, then decode alternately, one step each, so that
+whatever else the machine does falls on both. The floor is printed first: bytes of weights and of live entries over the
+measured copy bandwidth. A speed is refused when kvpleat's own full cache does not give DynamicCache's logits in the
+same run.
 """
 
 import argparse
@@ -75,13 +76,19 @@ def check_full(plain: nn.Module, model: nn.Module, ids: Tensor) -> None:
         pleated.prefill(short, cache=cache, chunk_size=CHUNK)
         for i in range(8):
             token = ids[:, 600 + i : 601 + i]
-            difference = (plain(token, past_key_values=dynamic).logits - model(token, past_key_values=cache).logits).abs().max()
+            difference = (
+                (plain(token, past_key_values=dynamic).logits - model(token, past_key_values=cache).logits).abs().max()
+            )
             if not difference < (1e-3 if ids.device.type == "cpu" else 1e-2):
-                raise NumericsError(f"Full differs from DynamicCache by {difference:.2g} in the logits: no speed is reported.")
+                raise NumericsError(
+                    f"Full differs from DynamicCache by {difference:.2g} in the logits: no speed is reported."
+                )
 
 
 @torch.no_grad()
-def decode_pairs(plain: nn.Module, pleated: Pleated, dynamic: DynamicCache, cache: Any, ids: Tensor) -> tuple[list[float], list[float]]:
+def decode_pairs(
+    plain: nn.Module, pleated: Pleated, dynamic: DynamicCache, cache: Any, ids: Tensor
+) -> tuple[list[float], list[float]]:
     """Seconds of alternating steps, transformers' and ours: ids [R, steps] are fed one by one."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for i in range(ids.shape[1]):
@@ -123,7 +130,10 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "policy": policy.to_dict(),
         "threads": torch.get_num_threads(),
         "bandwidth_bytes_per_s": bandwidth,
-        "floor_s": {"dynamic": (weights + report.full_bytes) / bandwidth, "kvpleat": (weights + report.live_bytes) / bandwidth},
+        "floor_s": {
+            "dynamic": (weights + report.full_bytes) / bandwidth,
+            "kvpleat": (weights + report.live_bytes) / bandwidth,
+        },
         "step_s": {"dynamic": theirs, "kvpleat": ours},
         "prefill_s": {"dynamic": filled_dynamic, "kvpleat": filled},
         "kv": {k: v for k, v in report.to_dict().items() if k != "kept"},
@@ -134,8 +144,27 @@ def peak_memory(args: argparse.Namespace) -> dict[str, int]:
     """Growth of the peak resident memory by a chunked prefill, each side in a process of its own (Linux)."""
     peaks = {}
     for side in ("dynamic", "kvpleat"):
-        command = [sys.executable, "-W", "ignore", "-m", "kvpleat.bench.speed", "--peak-of", side, "--model", args.model]
-        command += ["--data", str(args.data), "--context", str(args.context), "--policy", args.policy, "--dtype", args.dtype]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "kvpleat.bench.speed",
+            "--peak-of",
+            side,
+            "--model",
+            args.model,
+        ]
+        command += [
+            "--data",
+            str(args.data),
+            "--context",
+            str(args.context),
+            "--policy",
+            args.policy,
+            "--dtype",
+            args.dtype,
+        ]
         peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     return peaks
 
@@ -168,7 +197,15 @@ def show(figures: dict[str, Any], console: Console) -> None:
         f"batch {figures['batch']}, context {figures['context']}, {figures['threads']} threads, copy bandwidth "
         f"{figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, compression ratio {figures['kv']['compression_ratio']:.2f}"
     )
-    table = Table("cache", "floor ms", "step ms (median)", "min to max", "tokens/s", "prefill s", "peak memory of a chunked prefill")
+    table = Table(
+        "cache",
+        "floor ms",
+        "step ms (median)",
+        "min to max",
+        "tokens/s",
+        "prefill s",
+        "peak memory of a chunked prefill",
+    )
     for side in ("dynamic", "kvpleat"):
         steps = figures["step_s"][side]
         median = statistics.median(steps)

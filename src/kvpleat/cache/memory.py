@@ -29,7 +29,9 @@ class GrowableArray:
         reserve_rows: rows of address space to reserve where the platform can (Linux CPU); 0 never reserves.
     """
 
-    def __init__(self, item_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, reserve_rows: int) -> None:
+    def __init__(
+        self, item_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, reserve_rows: int
+    ) -> None:
         self.item_shape = item_shape
         self.row_bytes = dtype.itemsize * int(torch.Size(item_shape).numel())
         self._map: mmap.mmap | None = None
@@ -64,14 +66,19 @@ class GrowableArray:
         bigger[: self.capacity] = self.tensor
         self.tensor = bigger
 
-    def give_back(self, start: int, stop: int) -> None:
-        """Return the memory of rows [start, stop) to the system; their content is lost. Only reserved arrays do it."""
+    def give_back(self, start: int, stop: int) -> int:
+        """Return the memory of rows [start, stop) to the system, as far as it fills pages of the operating system.
+
+        The rows' content is lost. Only reserved arrays do it. Returns the bytes given back.
+        """
         if self._map is None:
-            return
+            return 0
         first = -(-start * self.row_bytes // OS_PAGE) * OS_PAGE
         last = stop * self.row_bytes // OS_PAGE * OS_PAGE
-        if last > first:
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if last <= first:
+            return 0
+        self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        return last - first
 
     def replace(self, tensor: Tensor) -> None:
         """Take `tensor` as the new content (arrays that grow by copying shrink this way)."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kvpleat import accounting
+from kvpleat.cache.observed import ObservedQueries
 from kvpleat.cache.pages import FREE, PagePool
 from kvpleat.errors import CacheError
 from kvpleat.kernels import reference
 from kvpleat.types import Decision, KVShape, Rotary
 
 _owner_ids = itertools.count()
-MAX_SAMPLES = 1024  # queries remembered of all tokens of a prompt since the last moment
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class PagedKVCache:
         rotary: how keys rotate when entries merge; None for models without rotary embedding.
     """
 
-    def __init__(self, pool: PagePool, num_rows: int, observation_window: int = 0, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self, pool: PagePool, num_rows: int, observation_window: int = 0, rotary: Rotary | None = None
+    ) -> None:
         self.pool, self.shape, self.num_rows = pool, pool.shape, num_rows
-        self.observation_window, self.rotary = observation_window, rotary
+        self.rotary = rotary
         self.owner = next(_owner_ids)
         streams = (num_rows, self.shape.num_layers, self.shape.num_kv_heads)
         device = pool.device
         self.page_table = torch.full((*streams, 0), FREE, dtype=torch.int32, device=device)  # [R, L, H, M]
         self.num_pages = torch.zeros(streams, dtype=torch.int32, device=device)  # [R, L, H] pages of each stream
         self.lengths = torch.zeros(streams, dtype=torch.int32, device=device)  # [R, L, H] entries of each stream
-        window = (num_rows, self.shape.num_layers, self.shape.num_q_heads, observation_window, self.shape.head_dim)
-        self.queries = torch.zeros(window, dtype=self.shape.dtype, device=device)  # slot of a query: position % W
-        self.samples: dict[tuple[int, int], Tensor] = {}  # (row, layer) -> [Q, M, D] queries sampled since the last moment
+        self.observed = ObservedQueries(self.shape, num_rows, observation_window, device)
         self.pages_in_use = self.peak_pages = 0
         self.closed = False
         self._pieces: dict[tuple[int, int, int], list[list[int]]] = {}  # host copy of the page table, as runs of slots
@@ -80,11 +80,6 @@ class PagedKVCache:
     def pieces(self, layer: int, row: int, head: int) -> list[list[int]]:
         """Runs of slots [first, count] that a stream occupies, in order; the last may reach past its length."""
         return self._pieces.get((row, layer, head), [])
-
-    def observed_queries(self, layer: int, row: int, position: int) -> tuple[Tensor, Tensor]:
-        """The last min(W, position) queries before `position`: ([Q, w, D], [w] positions)."""
-        positions = torch.arange(max(0, position - self.observation_window), position, device=self.pool.device)
-        return self.queries[row, layer][:, positions % self.observation_window], positions
 
     def _slots(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """[H, N] slot of each entry (0 for holes) and [H, N] live."""
@@ -121,41 +116,6 @@ class PagedKVCache:
             self.pool.slots(name)[slots] = new[name]  # type: ignore[assignment]  # tensor or number, both are allowed
         self.lengths[rows, layer] += num_new
 
-    def observe(self, layer: int, row: int, queries: Tensor, position: int) -> None:
-        """Remember the last W of T queries: [Q, T, D], the first one at `position`."""
-        kept = min(self.observation_window, queries.shape[1])
-        if kept:
-            first = position + queries.shape[1] - kept
-            slots = torch.arange(first, first + kept, device=queries.device) % self.observation_window
-            self.queries[row, layer].index_copy_(1, slots, queries[:, -kept:])
-
-    def sample(self, layer: int, row: int, queries: Tensor, position: int, since: int) -> None:
-        """Remember queries evenly spread over the tokens since the last moment, at most MAX_SAMPLES of them.
-
-        Which ones follows from positions alone: with n tokens since `since`, every s-th, s the smallest power of two that is
-        at least n / MAX_SAMPLES. So chunks leave the same sample as the whole.
-
-        Args:
-            queries: [Q, T, D], the first one at `position`. since: position of the last moment.
-        """
-        before, after = position - since, position - since + queries.shape[1]
-        stride = sample_stride(after)
-        first = -before % stride
-        new = queries[:, first::stride]
-        old = self.samples.get((row, layer))
-        if old is not None:
-            new = torch.cat([old[:, :: stride // sample_stride(before)], new], dim=1)
-        self.samples[row, layer] = new.clone() if old is None else new
-
-    def take_samples(self, layer: int, row: int, position: int, since: int) -> tuple[Tensor, Tensor]:
-        """The sampled queries of tokens [since, position) and their positions, which are forgotten; the last W queries
-        where none were sampled: ([Q, M, D], [M])."""
-        samples = self.samples.pop((row, layer), None)
-        if samples is None:
-            return self.observed_queries(layer, row, position)
-        index = torch.arange(samples.shape[1], device=samples.device)
-        return samples, since + index * sample_stride(position - since)
-
     def apply(self, layer: int, row: int, decision: Decision) -> None:
         """Carry out a policy's decision on one layer of one row: merge, evict, compact, and return the pages."""
         self._check_open()
@@ -167,7 +127,8 @@ class PagedKVCache:
         old = self.entries(layer, row)
         new: dict[str, Tensor] = {"key": old.keys, "value": old.values, **old.fields}
         if decision.merge_into is not None:
-            assert decision.share is not None and decision.log_weights is not None
+            assert decision.share is not None
+            assert decision.log_weights is not None
             target = torch.where(live, decision.merge_into, -1)
             new["key"], new["value"] = reference.merge_into(
                 old.keys, old.values, old.fields["position"], target, decision.share, self.rotary
@@ -180,8 +141,9 @@ class PagedKVCache:
         counts = keep.sum(dim=1)
         order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
         kept = keep.gather(1, order)
-        self._release_streams(layer, row)
         needed = -(-(counts + reserve) // self.shape.page_size) * (counts + reserve > 0)
+        self.pool.require(int(needed.sum()) - int(self.num_pages[row, layer].sum()))  # before anything is given up
+        self._release_streams(layer, row)
         self._give_pages(layer, row, needed.tolist())
         self.lengths[row, layer] = counts.int()
         slots, _ = self._slots(layer, row)
@@ -190,7 +152,8 @@ class PagedKVCache:
             self.pool.slots(name)[slots[kept]] = content.gather(1, picked)[kept]
 
     def fill(self, layer: int, row: int, counts: list[int], content: dict[str, Tensor]) -> None:
-        """Fill the empty streams of one layer of one row: counts[h] entries each, `content` [sum(counts), ...] by array."""
+        """Fill the empty streams of one layer of one row: counts[h] entries each, `content` [sum(counts), ...] by
+        array."""
         self._give_pages(layer, row, [-(-count // self.shape.page_size) for count in counts])
         self.lengths[row, layer] = torch.tensor(counts, dtype=torch.int32, device=self.pool.device)
         slots, live = self._slots(layer, row)
@@ -249,12 +212,13 @@ class PagedKVCache:
     def fork(self) -> "PagedKVCache":
         """An independent copy on the same pool."""
         self._check_open()
-        twin = PagedKVCache(self.pool, self.num_rows, self.observation_window, self.rotary)
-        twin.queries.copy_(self.queries)
-        twin.samples = {key: samples.clone() for key, samples in self.samples.items()}
+        twin = PagedKVCache(self.pool, self.num_rows, self.observed.window, self.rotary)
+        twin.observed.copy_from(self.observed)
         for row, layer in itertools.product(range(self.num_rows), range(self.shape.num_layers)):
             twin._give_pages(layer, row, self.num_pages[row, layer].tolist())
-            old, new = (table[table != FREE].long() for table in (self.page_table[row, layer], twin.page_table[row, layer]))
+            old, new = (
+                table[table != FREE].long() for table in (self.page_table[row, layer], twin.page_table[row, layer])
+            )
             for array in self.pool.arrays.values():
                 array.tensor[new] = array.tensor[old]
         twin.lengths.copy_(self.lengths)
@@ -265,6 +229,8 @@ class PagedKVCache:
         if not self.closed:
             self._finalizer()
             self.pages_in_use, self.closed = 0, True
+            self.lengths.zero_()
+            self.num_pages.zero_()
 
     def owned_pages(self) -> Tensor:
         """[n] every page this cache holds, for the pool's integrity check."""
@@ -296,8 +262,8 @@ class PagedKVCache:
             live_bytes=int(self.lengths.sum()) * entry + untouched_bytes,
             allocated_bytes=self.pages_in_use * page + untouched_bytes,
             peak_allocated_bytes=self.peak_pages * page + untouched_bytes,
-            overhead_bytes=accounting.tensor_bytes(self.page_table, self.num_pages, self.lengths, self.queries)
-            + accounting.tensor_bytes(*self.samples.values())
+            overhead_bytes=accounting.tensor_bytes(self.page_table, self.num_pages, self.lengths)
+            + self.observed.num_bytes
             + 4 * self.pages_in_use,
             kept=self.lengths.float().mean(0).cpu(),
             seen_tokens=seen_tokens,
@@ -305,15 +271,9 @@ class PagedKVCache:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise CacheError("This cache was released and holds no entries any more. Make a new one: pleated.new_cache().")
-
-
-def sample_stride(tokens: int) -> int:
-    """Distance between sampled queries after `tokens` tokens: a power of two."""
-    stride = 1
-    while stride * MAX_SAMPLES < tokens:
-        stride *= 2
-    return stride
+            raise CacheError(
+                "This cache was released and holds no entries any more. Make a new one: pleated.new_cache()."
+            )
 
 
 def _free_all(pool: PagePool, owner: int) -> None:

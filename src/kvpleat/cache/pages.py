@@ -33,13 +33,16 @@ class PagePool:
         fits = physical_memory() // self.page_bytes if device.type == "cpu" else None
         self.max_pages = min(x for x in (max_pages, fits, 2**31 - 1) if x is not None)
         self.owner = torch.empty(0, dtype=torch.int32, device=device)  # [P] owner id of each page, or FREE
+        self.backed = torch.empty(0, dtype=torch.bool, device=device)  # [P] False once trim gave the page's memory back
         self.in_use = 0
         items: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "key": ((shape.page_size, shape.head_dim), shape.dtype),
             "value": ((shape.page_size, shape.head_dim), shape.dtype),
         }
         items |= {name: ((shape.page_size,), ENTRY_FIELDS[name]) for name in shape.fields}
-        self.arrays = {name: GrowableArray(item, dtype, device, self.max_pages) for name, (item, dtype) in items.items()}
+        self.arrays = {
+            name: GrowableArray(item, dtype, device, self.max_pages) for name, (item, dtype) in items.items()
+        }
 
     @property
     def num_pages(self) -> int:
@@ -67,6 +70,7 @@ class PagePool:
         runs = self._find(counts)
         for run in runs:
             self.owner[run.long()] = owner
+            self.backed[run.long()] = True
         self.in_use += sum(counts)
         return runs
 
@@ -80,16 +84,16 @@ class PagePool:
 
         Only reserved arrays (Linux CPU) can do it page by page; others give back the free tail of the pool.
         """
-        free_pages = torch.nonzero(self.owner == FREE).squeeze(1).cpu().numpy()
         if self.arrays["key"].kind == "reserved":
-            for start, stop in _runs(free_pages):
-                for array in self.arrays.values():
-                    array.give_back(start, stop)
-            return len(free_pages) * self.page_bytes
+            idle = torch.nonzero((self.owner == FREE) & self.backed).squeeze(1)
+            self.backed[idle] = False
+            return sum(
+                array.give_back(start, stop) for start, stop in _runs(idle.numpy()) for array in self.arrays.values()
+            )
         used = torch.nonzero(self.owner != FREE).squeeze(1)
         last = int(used[-1]) + 1 if used.numel() else 0
         given_back = (self.arrays["key"].capacity - last) * self.page_bytes
-        self.owner = self.owner[:last].clone()
+        self.owner, self.backed = self.owner[:last].clone(), self.backed[:last].clone()
         for array in self.arrays.values():
             array.replace(array.tensor[:last].clone())
         return given_back
@@ -112,6 +116,7 @@ class PagePool:
 
     def _find(self, counts: list[int]) -> list[Tensor]:
         """Free pages for each count: the first run that is long enough, else the lowest pages; grows as needed."""
+        self.require(sum(counts))
         self._extend(sum(counts) - (self.num_pages - self.in_use))
         free_pages = torch.nonzero(self.owner == FREE).squeeze(1).to(torch.int32)
         if self.device.type != "cpu":  # kernels there follow the page table: order costs nothing, a search would
@@ -127,22 +132,27 @@ class PagePool:
                 fitting[0] += count
         return found
 
+    def require(self, more: int) -> None:
+        """Raise OutOfPagesError unless the pool can hold `more` pages than are in use."""
+        wanted = self.in_use + more
+        if more > 0 and wanted > self.max_pages:
+            raise OutOfPagesError(
+                f"{wanted} pages of {accounting.human_bytes(self.page_bytes)} are needed and the pool may hold "
+                f"{self.max_pages} ({accounting.human_bytes(self.max_pages * self.page_bytes)}). Shorten the batch or "
+                "the context, raise the compression ratio, or release caches that are no longer used."
+            )
+
     def _extend(self, missing: int) -> None:
         """Add `missing` pages to the pool."""
         if missing <= 0:
             return
         wanted = self.num_pages + missing
-        if wanted > self.max_pages:
-            raise OutOfPagesError(
-                f"{wanted} pages of {accounting.human_bytes(self.page_bytes)} are needed and the pool may hold "
-                f"{self.max_pages} ({accounting.human_bytes(self.max_pages * self.page_bytes)}). Shorten the batch or the "
-                "context, raise the compression ratio, or release caches that are no longer used."
-            )
         for array in self.arrays.values():
             if array.capacity < wanted:
                 array.grow(min(self.max_pages, max(wanted, int(array.capacity * GROWTH))))
         added = torch.full((missing,), FREE, dtype=torch.int32, device=self.device)
         self.owner = torch.cat([self.owner, added])
+        self.backed = torch.cat([self.backed, torch.zeros_like(added, dtype=torch.bool)])
 
 
 def _runs(pages: np.ndarray) -> list[tuple[int, int]]:

@@ -1,9 +1,11 @@
-"""A PagedKVCache as plain tensors and back, and the file format around them: safetensors, checked before it is believed."""
+"""A PagedKVCache as plain tensors and back, and the file format around them: safetensors, checked before it is
+believed.
+"""
 
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ def pack(kv: PagedKVCache) -> dict[str, Tensor]:
             for name, content in {"key": entries.keys, "value": entries.values, **entries.fields}.items():
                 tensors[name].append(content[entries.live])
     packed = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
-    samples = {f"samples.{row}.{layer}": tensor for (row, layer), tensor in kv.samples.items()}
-    return packed | samples | {"lengths": kv.lengths.clone(), "queries": kv.queries.clone()}
+    samples = {f"samples.{row}.{layer}": tensor for (row, layer), tensor in kv.observed.samples.items()}
+    return packed | samples | {"lengths": kv.lengths.clone(), "queries": kv.observed.last.clone()}
 
 
 def unpack(kv: PagedKVCache, tensors: dict[str, Tensor]) -> None:
@@ -41,11 +43,11 @@ def unpack(kv: PagedKVCache, tensors: dict[str, Tensor]) -> None:
             names = ("key", "value", *kv.shape.fields)
             kv.fill(layer, row, counts, {name: tensors[name][start : start + sum(counts)] for name in names})
             start += sum(counts)
-    kv.queries.copy_(tensors["queries"])
+    kv.observed.last.copy_(tensors["queries"])
     for name, tensor in tensors.items():
         if name.startswith("samples."):
             row_text, layer_text = name.removeprefix("samples.").split(".")
-            kv.samples[int(row_text), int(layer_text)] = tensor
+            kv.observed.samples[int(row_text), int(layer_text)] = tensor
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -55,21 +57,20 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Non
         CacheFileError: it could not be written; an older file at `path` is untouched and nothing is left behind.
     """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "header": json.dumps(header, sort_keys=True), "sha256": _digest(tensors)}
-    temporary = None
+    text = json.dumps(header, sort_keys=True)
+    metadata = {"format": FORMAT, "header": text, "sha256": _digest(tensors, text)}
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         needed = sum(t.numel() * t.element_size() for t in tensors.values())
         raise CacheFileError(
-            f"{path} could not be written ({error}); the cache is unharmed and nothing was left on disk. "
-            f"Free {needed:,} bytes there or choose another folder, and save again."
+            f"{path} could not be written ({error}); the cache is unharmed and nothing was left on disk. Free "
+            f"{needed:,} bytes there or choose another folder, and save again."
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,25 +84,34 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CacheFileError(
-                    f"{path} is not a kvpleat cache of format {FORMAT} (it says {metadata.get('format')!r}), so its tensors would be "
-                    "misread. Pass a file that cache.save() of this version wrote."
+                    f"{path} is not a kvpleat cache of format {FORMAT} (it says {metadata.get('format')!r}), so its "
+                    "tensors would be misread. Pass a file that cache.save() of this version wrote."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, CacheFileError):
             raise
         raise CacheFileError(
-            f"{path} cannot be read as safetensors ({error}): it is missing, truncated or foreign. Nothing was loaded; save "
-            "the cache again."
+            f"{path} cannot be read as safetensors ({error}): it is missing, truncated or foreign. Nothing was loaded; "
+            "save the cache again."
         ) from error
-    if _digest(tensors) != metadata.get("sha256"):
-        raise CacheFileError(f"{path} was damaged after it was written: its checksum differs. Nothing was loaded; save it again.")
-    return tensors, json.loads(metadata["header"])
+    text = metadata.get("header", "")
+    if _digest(tensors, text) != metadata.get("sha256"):
+        raise CacheFileError(
+            f"{path} was damaged after it was written: its checksum differs. Nothing was loaded; save it again."
+        )
+    try:
+        header: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CacheFileError(
+            f"{path} has no readable header ({error}). Nothing was loaded; save the cache again."
+        ) from error
+    return tensors, header
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, types and bytes of all tensors."""
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], header: str) -> str:
+    """SHA-256 over the header and the names, shapes, types and bytes of all tensors."""
+    digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,7 +1,8 @@
-"""Attention over a compressed cache: append the new entries, attend, and at a moment ask the policy and apply its decision.
+"""Attention over a compressed cache: append the new entries, attend, and at a moment ask the policy and apply its
+decision.
 
-This is the main path of kvpleat: transformers calls `attention_forward` once per layer, with the keys and values of the new
-tokens only.
+This is the main path of kvpleat: transformers calls `attention_forward` once per layer, with the keys and values of the
+new tokens only.
 """
 
 from collections.abc import Iterator
@@ -74,8 +75,8 @@ def attention_forward(
     """
     if kvpleat_call is None:
         raise AttachError(
-            "An attention layer ran outside the decoder that kvpleat is attached to, so its cache is unknown. Call the causal LM "
-            "or its decoder; if two models share one config object, give each its own (copy.deepcopy)."
+            "An attention layer ran outside the decoder that kvpleat is attached to, so its cache is unknown. Call "
+            "the causal LM or its decoder; if two models share one config object, give each its own (copy.deepcopy)."
         )
     facts = kvpleat_call.cache.pleated.facts
     index = int(module.layer_idx)  # type: ignore[arg-type]
@@ -87,26 +88,30 @@ def attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return out
-    if key.dtype != facts.shape.dtype:
+    if {key.dtype, value.dtype} != {facts.shape.dtype}:
         raise UnsupportedError(
-            f"The attention computes in {key.dtype} and the cache was made for {facts.shape.dtype}. Leave autocast, and load the "
-            f"model in the dtype it runs in."
+            f"The attention computes in {key.dtype} and {value.dtype} and the cache was made for {facts.shape.dtype}. "
+            "Leave autocast, and load the model in the dtype it runs in."
         )
-    if query.requires_grad:
-        raise UnsupportedError("Gradients are on and entries in pages carry none. Wrap the call in torch.no_grad().")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = facts.layers.index(index)
-    if query.shape[2] == 1 and kvpleat_call.tokens is None and query.device.type == "cpu":
-        attended = _decode_step(kvpleat_call, layer, query, key, value, scale, softcap)
-    else:
-        attended = torch.zeros_like(query)
-        for row, count in enumerate(kvpleat_call.num_tokens):
-            kept = slice(None) if kvpleat_call.tokens is None else kvpleat_call.tokens[row]
-            if count:
-                attended[row, :, kept] = _attend_row(
-                    kvpleat_call, layer, row, query[row, :, kept], key[row, :, kept], value[row, :, kept], scale, softcap
-                )
+    with torch.inference_mode(False), torch.no_grad():  # the pool outlives the mode this call runs in
+        attended = _attend(kvpleat_call, facts.layers.index(index), query, key, value, scale, softcap)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    call: ForwardCall, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """All rows of one compressed layer: query [R, Q, T, D], key and value [R, H, T, D] -> [R, Q, T, D]."""
+    if query.shape[2] == 1 and call.tokens is None and query.device.type == "cpu":
+        return _decode_step(call, layer, query, key, value, scale, softcap)
+    out = torch.zeros_like(query)
+    for row, count in enumerate(call.num_tokens):
+        kept = slice(None) if call.tokens is None else call.tokens[row]
+        if count or call.moments[row]:
+            q, k, v = query[row, :, kept], key[row, :, kept], value[row, :, kept]
+            out[row, :, kept] = _attend_row(call, layer, row, q, k, v, scale, softcap)
+    return out
 
 
 def _decode_step(
@@ -123,9 +128,9 @@ def _decode_step(
         for head, length in enumerate(lengths):
             keys, values, bias = _stream_pieces(kv, layer, row, head, length)
             grouped_out[row, head] = cpu.attend_stream(grouped_q[row, head], keys, values, bias, scale, softcap)
-        kv.observe(layer, row, query[row], cache.positions[row])
-        if kv.observation_window and call.phase is Phase.PREFILL:
-            kv.sample(layer, row, query[row], cache.positions[row], cache.last_moments[row])
+        kv.observed.observe(layer, row, query[row], cache.positions[row])
+        if kv.observed.window and call.phase is Phase.PREFILL:
+            kv.observed.sample(layer, row, query[row], cache.positions[row], cache.last_moments[row])
         for moment in call.moments[row]:
             decide(call, layer, row, moment, cache.last_moments[row], scale, softcap)
     return out
@@ -134,7 +139,8 @@ def _decode_step(
 def _stream_pieces(
     kv: PagedKVCache, layer: int, row: int, head: int, length: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-    """Keys, values and log-weights of a stream in at most two pieces: its longest run of pages in place, the rest gathered."""
+    """Keys, values and log-weights of a stream in at most two pieces: its longest run of pages in place, the rest
+    gathered."""
     runs = []
     left = length
     for first, count in kv.pieces(layer, row, head):
@@ -160,15 +166,15 @@ def _attend_row(
     """The new tokens of one row, cut at its moments: q [Q, T, D], k and v [H, T, D] -> [Q, T, D]."""
     cache, kv = call.cache, _kv(call)
     start, since = cache.positions[row], cache.last_moments[row]
-    samples = kv.observation_window and call.phase is Phase.PREFILL
+    samples = kv.observed.window and call.phase is Phase.PREFILL
     out = torch.empty_like(q)
     for first, last, moment in _segments(start, start + q.shape[1], call.moments[row]):
         new = slice(first - start, last - start)
         if last > first:
             out[:, new] = _attend_segment(call, layer, row, q[:, new], k[:, new], v[:, new], first, scale, softcap)
-            kv.observe(layer, row, q[:, new], first)
+            kv.observed.observe(layer, row, q[:, new], first)
             if samples:
-                kv.sample(layer, row, q[:, new], first, since)
+                kv.observed.sample(layer, row, q[:, new], first, since)
         if moment is not None:
             decide(call, layer, row, moment, since, scale, softcap)
             since = moment
@@ -185,7 +191,15 @@ def _segments(start: int, stop: int, moments: list[int]) -> Iterator[tuple[int, 
 
 
 def _attend_segment(
-    call: ForwardCall, layer: int, row: int, q: Tensor, k: Tensor, v: Tensor, first: int, scale: float, softcap: float | None
+    call: ForwardCall,
+    layer: int,
+    row: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """New tokens of one row with no moment between them: q [Q, T, D], k and v [H, T, D], the first at `first`."""
     kv, policy = _kv(call), call.cache.pleated.policy
@@ -201,6 +215,7 @@ def _attend_segment(
         bias = bias.masked_fill(~past.live, -torch.inf)
     visible_past = visible_new = None
     if starts is not None:
+
         def visible(keys: Tensor) -> Tensor:
             return (keys[..., None, :] >= starts[:, None]) | (keys[..., None, :] < policy.num_sinks)
 
@@ -215,10 +230,11 @@ def decide(
     cache, kv = call.cache, _kv(call)
     policy = cache.pleated.policy
     entries = kv.entries(layer, row)
-    queries = samples = (None, None)
+    queries: tuple[Tensor | None, Tensor | None] = (None, None)
+    samples: tuple[Tensor | None, Tensor | None] = (None, None)
     if policy.observation_window:
-        queries = kv.observed_queries(layer, row, moment)
-        samples = kv.take_samples(layer, row, moment, since)
+        queries = kv.observed.recent(layer, row, moment)
+        samples = kv.observed.take_samples(layer, row, moment, since)
     competes = call.competes(row, moment)
     inputs = PolicyInput(
         position=moment,

@@ -1,5 +1,6 @@
 """The Cache that transformers sees: logical lengths on the outside, a PagedKVCache and the progress of each row inside."""
 
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 
 
 class PleatedLayer(CacheLayerMixin):
-    """One compressed layer, as transformers sees it: `update` hands the new keys and values on to the attention function."""
+    """One compressed layer, as transformers sees it: `update` hands the new keys and values on to the attention
+    function."""
 
     is_sliding = False
 
     def __init__(self, cache: "PleatedCache") -> None:
         super().__init__()
-        self._cache = cache
+        self._cache = weakref.ref(cache)  # a cycle would keep the pages until Python's collector runs
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -31,10 +33,14 @@ class PleatedLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.columns + query_length, 0
+        return self._columns() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self._cache.columns
+        return self._columns()
+
+    def _columns(self) -> int:
+        cache = self._cache()
+        return 0 if cache is None else cache.columns
 
     def get_max_length(self) -> int:
         return -1
@@ -50,14 +56,12 @@ class PleatedCache(Cache):
     """
 
     def __init__(self, pleated: "Pleated") -> None:
-        facts = pleated.facts
-        count = len(facts.layers) + len(facts.sliding)
-        super().__init__(
-            layers=[
-                DynamicSlidingWindowLayer(sliding_window=facts.sliding[i]) if i in facts.sliding else PleatedLayer(self)
-                for i in range(count)
-            ]
-        )
+        sliding = pleated.facts.sliding
+        layers: list[CacheLayerMixin] = [
+            DynamicSlidingWindowLayer(sliding_window=sliding[i]) if i in sliding else PleatedLayer(self)
+            for i in range(len(pleated.facts.layers) + len(sliding))
+        ]
+        super().__init__(layers=layers)
         self.pleated = pleated
         self.kv: PagedKVCache | None = None
         self.columns = 0
@@ -75,7 +79,12 @@ class PleatedCache(Cache):
         """Memory of this cache now."""
         facts = self.pleated.facts
         untouched = tensor_bytes(
-            *(t for i in facts.sliding if self.layers[i].is_initialized for t in (self.layers[i].keys, self.layers[i].values))
+            *(
+                t
+                for i in facts.sliding
+                if self.layers[i].is_initialized
+                for t in (self.layers[i].keys, self.layers[i].values)
+            )
         )
         if self.kv is None:
             shape = facts.shape
@@ -89,11 +98,12 @@ class PleatedCache(Cache):
         """
         if columns <= self.columns:
             raise OptionError(
-                f"The prompt is declared to end at {columns} tokens and the cache has already seen {self.columns}, so nothing "
-                "would be fed. Pass the whole conversation so far plus at least one new token."
+                f"The prompt is declared to end at {columns} tokens and the cache has already seen {self.columns}, so "
+                "nothing would be fed. Pass the whole conversation so far plus at least one new token."
             )
         self.prompt_end = columns
 
+    @torch.inference_mode(False)
     def fork(self) -> "PleatedCache":
         """An independent copy: the two go on separately. Costs as many bytes again."""
         self.check_usable()
@@ -120,10 +130,12 @@ class PleatedCache(Cache):
         self.check_usable()
         save(self, Path(path))
 
+    @torch.inference_mode(False)
     def trim(self) -> int:
         """Give the memory of the pool's free pages back to the system. Returns the bytes given back."""
         return self.kv.pool.trim() if self.kv is not None else 0
 
+    @torch.inference_mode(False)
     def release(self) -> None:
         """Return every page to the pool now, rather than when the cache is garbage collected."""
         if self.kv is not None:
@@ -139,21 +151,22 @@ class PleatedCache(Cache):
     def set_progress(self, progress: dict[str, Any]) -> None:
         """Inverse of `progress`; lists are copied."""
         for name, value in progress.items():
-            setattr(self, name, [list(x) if isinstance(x, list) else x for x in value] if isinstance(value, list) else value)
+            setattr(
+                self, name, [list(x) if isinstance(x, list) else x for x in value] if isinstance(value, list) else value
+            )
 
+    @torch.inference_mode(False)
     def start(self, num_rows: int) -> PagedKVCache:
         """The entries, made on the first call for `num_rows` rows; later calls must bring as many."""
         if self.kv is None:
             facts = self.pleated.facts
-            self.kv = PagedKVCache(
-                self.pleated.pool, num_rows, self.pleated.policy.observation_window, facts.rotary
-            )
+            self.kv = PagedKVCache(self.pleated.pool, num_rows, self.pleated.policy.observation_window, facts.rotary)
             self.positions, self.last_moments = [0] * num_rows, [0] * num_rows
             self.shares = [[1 / facts.shape.num_layers] * facts.shape.num_layers for _ in range(num_rows)]
         if self.kv.num_rows != num_rows:
             raise CacheError(
-                f"The cache holds {self.kv.num_rows} rows and {num_rows} were passed, so entries would go to the wrong sequence. "
-                "Pass the same batch, or start a new cache: pleated.new_cache()."
+                f"The cache holds {self.kv.num_rows} rows and {num_rows} were passed, so entries would go to the wrong "
+                "sequence. Pass the same batch, or start a new cache: pleated.new_cache()."
             )
         return self.kv
 
@@ -161,8 +174,8 @@ class PleatedCache(Cache):
         """Raise CacheError where the cache cannot go on."""
         if self.interrupted:
             raise CacheError(
-                "A forward with this cache was interrupted, so its layers hold different tokens. Fork before a risky call, "
-                "or start again with pleated.new_cache()."
+                "A forward with this cache was interrupted, so its layers hold different tokens. Fork before a risky "
+                "call, or start again with pleated.new_cache()."
             )
         if self.kv is not None and self.kv.closed:
             raise CacheError("This cache was released. Start a new one: pleated.new_cache().")
@@ -178,8 +191,9 @@ class PleatedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise UnsupportedError(
-            "Entries that were merged or evicted cannot be brought back, so the cache cannot be cropped. Assisted generation "
-            "needs that: call generate without assistant_model or prompt_lookup_num_tokens; to go back in a chat, fork() first."
+            "Entries that were merged or evicted cannot be brought back, so the cache cannot be cropped. Assisted "
+            "generation needs that: call generate without assistant_model or prompt_lookup_num_tokens; to go back in "
+            "a chat, fork() first."
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -189,17 +203,21 @@ class PleatedCache(Cache):
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise UnsupportedError("Repeating the rows of a compressed cache is not supported. Repeat the prompts, or fork().")
+        raise UnsupportedError(
+            "Repeating the rows of a compressed cache is not supported. Repeat the prompts, or fork()."
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise UnsupportedError("Selecting rows of a compressed cache is not supported. Start a cache for those rows.")
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Empty the cache, for use from the start."""
         self.release()
         fresh = PleatedCache(self.pleated)
-        self.layers, self.kv, self.interrupted = fresh.layers, None, False
+        self.layers: list[CacheLayerMixin] = list(fresh.layers)
+        self.kv, self.interrupted = None, False
         for layer in self.layers:
             if isinstance(layer, PleatedLayer):
-                layer._cache = self
+                layer._cache = weakref.ref(self)
         self.set_progress(fresh.progress())

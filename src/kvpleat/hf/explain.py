@@ -1,4 +1,6 @@
-"""What would run for a model and a policy, and why: nothing in kvpleat falls back silently, so everything can be asked for."""
+"""What would run for a model and a policy, and why: nothing in kvpleat falls back silently, so everything can be asked
+for.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -39,20 +41,25 @@ def explain(model: nn.Module, policy: Policy, *, page_size: int = 16) -> Explana
     return Explanation(
         {
             "model": f"{facts.family}, {shape.dtype} on {facts.device}, at most {facts.max_positions:,} positions",
-            "layers": f"{sliding}{shape.num_layers} compressed: {shape.num_kv_heads} KV heads x {shape.head_dim} channels, "
-            f"{shape.group_size} query heads each",
+            "layers": f"{sliding}{shape.num_layers} compressed: {shape.num_kv_heads} KV heads x {shape.head_dim} "
+            f"channels, {shape.group_size} query heads each",
             "policy": f"{policy!r}: {policy.summary}",
             "guarantees": policy.guarantees,
             "needs": policy.needs,
             "full cache": f"{accounting.human_bytes(accounting.full_bytes(shape, 1))} per token",
-            "page": f"{page_size} entries of one stream, {accounting.human_bytes(pool.page_bytes)}; side arrays: {side}",
+            "page": f"{page_size} entries of one stream, {accounting.human_bytes(pool.page_bytes)}; "
+            f"side arrays: {side}",
             "pool": "address space reserved, memory backed as it is written and given back by trim()"
             if reserved
             else "grows and shrinks by copying (reserving address space needs Linux and a CPU)",
-            "keys": "moved to the position they merge into (rotary embedding)" if facts.rotary else "merged as they are (no rotary)",
+            "keys": "moved to the position they merge into (rotary embedding)"
+            if facts.rotary
+            else "merged as they are (no rotary)",
             "prefill": "reference kernel, in float32 (SDPA knows no logit soft cap)"
             if softcap
             else "torch SDPA in blocks of queries",
-            "decode": "CPU kernel over pages in place, one stream after the other" if on_cpu else "gathered pages, torch SDPA",
+            "decode": "CPU kernel over pages in place, one stream after the other"
+            if on_cpu
+            else "gathered pages, torch SDPA",
         }
     )

@@ -1,7 +1,7 @@
 """What kvpleat must know of a model: which layers have entries to compress, their shape, and how their keys rotate.
 
-Everything is read from the model's config and modules; a family that is not listed, or a feature that changes what an entry
-means, is refused by name.
+Everything is read from the model's config and modules; a family that is not listed, or a feature that changes what an
+entry means, is refused by name.
 """
 
 from collections.abc import Callable
@@ -77,12 +77,14 @@ class ModelFacts:
 
 
 def describe(model: nn.Module, page_size: int = 16) -> ModelFacts:
-    """Read the facts of a causal LM. Raises UnsupportedError, naming the family or feature, where kvpleat cannot serve it."""
+    """Read the facts of a causal LM. Raises UnsupportedError, naming the family or feature, where kvpleat cannot serve
+    it."""
     config: Any = getattr(model, "config", None)
     family_name = getattr(config, "model_type", None)
     if config is None or not isinstance(family_name, str):
         raise UnsupportedError(
-            f"{type(model).__name__} has no transformers config, so its KV shape is unknown. Pass a transformers causal LM."
+            f"{type(model).__name__} has no transformers config, so its KV shape is unknown. Pass a transformers "
+            "causal LM."
         )
     family = FAMILIES.get(family_name)
     decoder = getattr(model, family.decoder, None) if family else None
@@ -93,15 +95,15 @@ def describe(model: nn.Module, page_size: int = 16) -> ModelFacts:
         )
     _refuse_features(config, family_name)
     sliding, layers = _split_layers(config, family_name)
-    attention = [getattr(layer, family.attention) for layer in getattr(decoder, family.layers)]
+    attention: list[Any] = [getattr(layer, family.attention) for layer in getattr(decoder, family.layers)]
     parameter = next(decoder.parameters())
     _refuse_mixed_dtypes(decoder, parameter)
-    num_q_heads = config.num_attention_heads
+    num_q_heads: int = config.num_attention_heads
     shape = KVShape(
         num_layers=len(layers),
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_q_heads,
         num_q_heads=num_q_heads,
-        head_dim=int(attention[0].head_dim),
+        head_dim=attention[0].head_dim,
         dtype=parameter.dtype,
         page_size=page_size,
     )
@@ -128,15 +130,17 @@ def _refuse_features(config: Any, family: str) -> None:
     }
     for name, feature in refused.items():
         if getattr(config, name, False):
-            raise UnsupportedError(f"{family} with {feature} ({name}) keeps no growing causal cache; kvpleat cannot serve it.")
+            raise UnsupportedError(
+                f"{family} with {feature} ({name}) keeps no growing causal cache; kvpleat cannot serve it."
+            )
 
 
 def _refuse_mixed_dtypes(decoder: nn.Module, parameter: Tensor) -> None:
     devices = {p.device for p in decoder.parameters()}
     if len(devices) > 1:
         raise UnsupportedError(
-            f"The model is spread over {sorted(map(str, devices))}; the page pool lives on one device. "
-            "Load it without device_map, on one device."
+            f"The model is spread over {sorted(map(str, devices))}; the page pool lives on one device. Load it without "
+            "device_map, on one device."
         )
 
 
@@ -150,12 +154,13 @@ def _split_layers(config: Any, family: str) -> tuple[dict[int, int], tuple[int, 
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise UnsupportedError(f"{family} has layers of type {sorted(unknown)}, which kvpleat does not know.")
-    sliding = {i: int(window) for i, kind in enumerate(types) if kind == "sliding_attention"}
+    sliding = {i: int(window or 0) for i, kind in enumerate(types) if kind == "sliding_attention"}
     layers = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
     if not layers:
         raise UnsupportedError(
-            f"All {count} layers of this {family} model use a sliding window of {window} tokens, so its cache does not grow "
-            "and there is nothing to compress. Set config.sliding_window=None if the checkpoint was trained without it."
+            f"All {count} layers of this {family} model use a sliding window of {window} tokens, so its cache does not "
+            "grow and there is nothing to compress. Set config.sliding_window=None if the checkpoint was trained "
+            "without it."
         )
     return sliding, layers
 
@@ -167,8 +172,8 @@ def _rotary(decoder: nn.Module, config: Any, family: str) -> Rotary:
     kind = module.rope_type["full_attention"] if per_type else module.rope_type
     if kind not in MOVABLE_ROPE:
         raise UnsupportedError(
-            f"{family} with rope_type {kind!r} rotates a key by an angle that depends on the length of the text, so a stored "
-            f"key cannot be moved. Supported: {', '.join(sorted(MOVABLE_ROPE))}."
+            f"{family} with rope_type {kind!r} rotates a key by an angle that depends on the length of the text, so a "
+            f"stored key cannot be moved. Supported: {', '.join(sorted(MOVABLE_ROPE))}."
         )
     return Rotary((module.full_attention_inv_freq if per_type else module.inv_freq).detach().float())
 

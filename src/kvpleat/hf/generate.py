@@ -1,6 +1,7 @@
 """What kvpleat adds to transformers' generate(): a cache of ours, where the prompt ends, and early refusals."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,8 @@ class _RefuseNaN(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if bool(torch.isnan(scores).any()):
             raise NumericsError(
-                f"The model's logits are NaN after {input_ids.shape[1]} tokens, so no token can be chosen. Check the weights "
-                "and the dtype (float16 overflows where bfloat16 does not)."
+                f"The model's logits are NaN after {input_ids.shape[1]} tokens, so no token can be chosen. Check the "
+                "weights and the dtype (float16 overflows where bfloat16 does not)."
             )
         return scores
 
@@ -40,13 +41,20 @@ class _RefuseNaN(LogitsProcessor):
 def wrap_generate(pleated: "Pleated", generate: Callable[..., Any]) -> Callable[..., Any]:
     """`generate` with kvpleat's cache and checks. Arguments and results are transformers' own."""
 
+    signature = inspect.signature(generate)
+
     @functools.wraps(generate)
-    def wrapped(inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind_partial(*args, **kwargs).arguments
+        kwargs = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        inputs = kwargs.pop("inputs", None)
         _refuse(pleated, kwargs)
         ids = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
         mask = kwargs.get("attention_mask")
         if ids is None or ids.shape[1] == 0 or (mask is not None and not bool(mask.any(dim=1).all())):
-            raise OptionError("The prompt is empty (0 tokens), so there is nothing to continue. Pass at least one token a row.")
+            raise OptionError(
+                "The prompt is empty (0 tokens), so there is nothing to continue. Pass at least one token a row."
+            )
         total = ids.shape[1] if mask is None else mask.shape[1]
         _check_length(pleated, ids, mask, kwargs)
         if kwargs.get("past_key_values") is None:
@@ -86,5 +94,6 @@ def _check_length(pleated: "Pleated", ids: Tensor, mask: Tensor | None, kwargs: 
     if longest + new - 1 > limit:
         raise OptionError(
             f"A prompt of {longest} tokens and {new} new ones need {longest + new - 1} positions and this "
-            f"{pleated.facts.family} model knows {limit}; beyond them its output is noise. Shorten the prompt or max_new_tokens."
+            f"{pleated.facts.family} model knows {limit}; beyond them its output is noise. Shorten the prompt or "
+            "max_new_tokens."
         )

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -39,30 +40,49 @@ def save(cache: PleatedCache, path: Path) -> None:
 def load(pleated: "Pleated", path: Path) -> PleatedCache:
     """The cache in `path`, for this attachment. Raises CacheFileError unless everything fits."""
     tensors, header = snapshot.read(path)
+    try:
+        return _restore(pleated, path, tensors, header)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if isinstance(error, CacheFileError):
+            raise
+        raise CacheFileError(
+            f"{path} is no complete kvpleat cache ({type(error).__name__}: {error}). Nothing was loaded; save the "
+            "cache again."
+        ) from error
+
+
+@torch.inference_mode(False)
+def _restore(pleated: "Pleated", path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> PleatedCache:
+    """The cache that tensors and header describe; any exception leaves nothing behind."""
     for what, found, wanted in (
         ("model", header["model"], fingerprint(pleated.facts)),
         ("policy", _plain(header["policy"]), _plain(pleated.policy.to_dict())),
     ):
         if found != wanted:
             raise CacheFileError(
-                f"{path} was written for {what} {found} and this attachment has {wanted}; its entries would mean something else. "
-                f"Attach with the same {what}."
+                f"{path} was written for {what} {found} and this attachment has {wanted}; its entries would mean "
+                f"something else. Attach with the same {what}."
             )
     cache = PleatedCache(pleated)
-    if header["started"]:
-        unpacked = {name: tensor.to(pleated.facts.device) for name, tensor in tensors.items()}
-        snapshot.unpack(cache.start(len(header["progress"]["positions"])), unpacked)
-        for i, seen in header["sliding"].items():
-            layer = cache.layers[int(i)]
-            layer.lazy_initialization(unpacked[f"sliding.{i}.keys"], unpacked[f"sliding.{i}.values"])
-            layer.keys, layer.values = unpacked[f"sliding.{i}.keys"], unpacked[f"sliding.{i}.values"]
-            layer.cumulative_length = seen
-    cache.set_progress(header["progress"])
+    try:
+        if header["started"]:
+            unpacked = {name: tensor.to(pleated.facts.device) for name, tensor in tensors.items()}
+            snapshot.unpack(cache.start(len(header["progress"]["positions"])), unpacked)
+            for i, seen in header["sliding"].items():
+                layer: Any = cache.layers[int(i)]
+                layer.lazy_initialization(unpacked[f"sliding.{i}.keys"], unpacked[f"sliding.{i}.values"])
+                layer.keys, layer.values = unpacked[f"sliding.{i}.keys"], unpacked[f"sliding.{i}.values"]
+                layer.cumulative_length = seen
+        cache.set_progress(header["progress"])
+    except BaseException:
+        cache.release()
+        raise
     return cache
 
 
 def fingerprint(facts: ModelFacts) -> dict[str, Any]:
-    """What tells one model from another as far as its entries go: shapes, and a checksum over a sample of its weights."""
+    """What tells one model from another as far as its entries go: shapes, and a checksum over a sample of its
+    weights."""
     shape = facts.shape
     digest = hashlib.sha256()
     for name, parameter in sorted(facts.decoder.named_parameters()):

@@ -1,8 +1,8 @@
 """Decode attention on a CPU: one query per head over the pages of each stream, bound by memory bandwidth.
 
-A stream whose pages follow each other in the pool is read in place, through a view; only what lies elsewhere is gathered.
-On 2 cores a view reads 18 GB/s where a gather of every page reads 9 and a batched product over pages 4, which is why the
-allocator looks for runs.
+A stream whose pages follow each other in the pool is read in place, through a view; only what lies elsewhere is
+gathered. On 2 cores a view reads 18 GB/s where a gather of every page reads 9 and a batched product over pages 4, which
+is why the allocator looks for runs.
 """
 
 import torch

@@ -44,7 +44,9 @@ def attend(
         logits = logits + bias[:, None, None]
     weights = torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1)
     weights = weights.masked_fill(hidden, 0.0)  # 0, and not NaN, where a query sees nothing
-    values = v.float().masked_fill(hidden.all(dim=2).squeeze(1)[..., None], 0.0)  # 0 * NaN is NaN: holes may hold anything
+    values = v.float().masked_fill(
+        hidden.all(dim=2).squeeze(1)[..., None], 0.0
+    )  # 0 * NaN is NaN: holes may hold anything
     return torch.einsum("hgtn,hnd->hgtd", weights, values).to(q.dtype)
 
 
@@ -56,14 +58,15 @@ def attention_received(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention probability that each entry receives from each query: [H, G, T, N] float32. Arguments as in `attend`."""
+    """Attention probability that each entry receives from each query: [H, G, T, N] float32. Arguments as in
+    `attend`."""
     logits = torch.einsum("hgtd,hnd->hgtn", q.float(), k.float()) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias[:, None, None]
     hidden = ~(visible[None] if visible.dim() == 2 else visible)[:, None]
-    return torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1).nan_to_num(0.0)
+    return torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1).masked_fill(hidden, 0.0)
 
 
 def rotate(keys: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:

@@ -26,12 +26,14 @@ RECENT_COVERAGE = 64  # recent window (entries) under the coverage contract, whi
 class AttentionScore(Policy):
     """Keep important entries exact, fold less important ones into their neighbours, evict the rest.
 
-    Importance: attention received from the last queries plus attention foreseen from sampled queries moved just ahead (see
-    kvpleat.policies.importance), times the norm of the value; carried from moment to moment with exponential forgetting.
-    Selective: sinks, a recent window and the entries of highest importance stay exact; the next ones fold 2, 4 and 8 to 1.
-    Adaptive: streams compete for pages by importance, over the heads of a layer and over all layers, above a floor.
-    When: at the end of a prompt; while decoding whenever the token index is a multiple of `interval`; and, with a finite
-    `slack`, inside a prompt whenever its streams exceed `slack` times their budget, at multiples of 64 tokens.
+    - Importance is the attention received from the last queries plus the attention foreseen from sampled queries moved
+      just ahead (see kvpleat.policies.importance), times the norm of the value. It is carried from moment to moment with
+      exponential forgetting.
+    - Selective. Sinks, a recent window and the entries of highest importance stay exact; the next ones fold 2, 4 and 8
+      to 1; the rest leaves.
+    - Adaptive. Streams compete for pages by importance, over the heads of a layer and over all layers, above a floor.
+    - When. At the end of a prompt; while decoding whenever the token index is a multiple of `interval`; and, with a
+      finite `slack`, inside a prompt whenever its streams exceed `slack` times their budget, at multiples of 64 tokens.
 
     Args:
         ratio: compression ratio: allocated bytes stay at or below full / ratio after the prompt, once past the windows.
@@ -67,24 +69,32 @@ class AttentionScore(Policy):
     name: ClassVar[str] = "attention"
     summary: ClassVar[str] = "keeps what receives attention exact, folds what receives less, evicts the rest"
     needs: ClassVar[str] = "no training; where each prompt ends (generate and prefill say so)"
-    guarantees: ClassVar[str] = "ratio: allocated <= full / ratio once past the windows; coverage: that share of importance"
+    guarantees: ClassVar[str] = (
+        "ratio: allocated <= full / ratio once past the windows; coverage: that share of importance"
+    )
     fields: ClassVar[tuple[str, ...]] = ("position", "log_weight", "score")
     uses_prompt_end: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.coverage is None):
             raise OptionError(
-                f"AttentionScore(ratio={self.ratio}, coverage={self.coverage}): exactly one of the two says how much to keep. "
-                "Pass ratio=4.0, or coverage=0.98 for a ratio that follows the text."
+                f"AttentionScore(ratio={self.ratio}, coverage={self.coverage}): exactly one of the two says how much "
+                "to keep. Pass ratio=4.0, or coverage=0.98 for a ratio that follows the text."
             )
         check_ratio(self.ratio)
         if self.coverage is not None and not 0.0 < self.coverage <= 1.0:
-            raise OptionError(f"coverage={self.coverage}: a share of attention lies above 0 and at most at 1. Pass 0.98, say.")
+            raise OptionError(
+                f"coverage={self.coverage}: a share of attention lies above 0 and at most at 1. Pass 0.98, say."
+            )
         for name in ("recent", "floor", "fold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise OptionError(f"{name}={getattr(self, name)}: a share lies between 0 and 1. Leave it out for the default.")
+                raise OptionError(
+                    f"{name}={getattr(self, name)}: a share lies between 0 and 1. Leave it out for the default."
+                )
         if self.smoothing % 2 != 1:
-            raise OptionError(f"smoothing={self.smoothing}: neighbours on both sides and the entry itself make an odd number.")
+            raise OptionError(
+                f"smoothing={self.smoothing}: neighbours on both sides and the entry itself make an odd number."
+            )
         check_at_least(
             sinks=(self.sinks, 0),
             observation_window=(self.observation_window, self.question_window),
@@ -114,7 +124,8 @@ class AttentionScore(Policy):
         return moments
 
     def _next_in_prompt(self, last: int, stop: int, shape: KVShape) -> int:
-        """The first moment after `last` at which a prompt exceeds slack times its budget; past `stop` if there is none."""
+        """The first moment after `last` at which a prompt exceeds slack times its budget; past `stop` if there is
+        none."""
         held = min(last, self._budget(last, shape))
         moment = next_multiple(last, PREFILL_STEP)
         while moment <= stop and held + moment - last <= self.slack * self._budget(moment, shape):
@@ -145,7 +156,9 @@ class AttentionScore(Policy):
         budget = int(self._pages(inputs.position, inputs.shape) * min(1.0, share))
         room = share_pages(candidates, ranking, budget, self.floor, 0, size)
         if inputs.competes:  # what remains is settled between the layers, in `squeeze`
-            return Decision(keep=candidates.protected | (candidates.live & (ranking.rank < room[:, None])), scores=scores)
+            return Decision(
+                keep=candidates.protected | (candidates.live & (ranking.rank < room[:, None])), scores=scores
+            )
         return replace(self._fold(layer, candidates, ranking, room, reserve=0), scores=scores)
 
     def over_budget(self, lengths: Tensor, position: int, shape: KVShape) -> bool:
@@ -192,8 +205,8 @@ class AttentionScore(Policy):
         scores = scores * inputs.values.float().norm(dim=-1)
         if not bool(torch.isfinite(scores).all()):
             raise NumericsError(
-                f"Scores of layer {inputs.layer} are NaN or infinite at token {inputs.position}, so no entry can be ranked. Check "
-                "the model's weights and dtype (float16 overflows where bfloat16 does not)."
+                f"Scores of layer {inputs.layer} are NaN or infinite at token {inputs.position}, so no entry can be "
+                "ranked. Check the model's weights and dtype (float16 overflows where bfloat16 does not)."
             )
         passed = inputs.position - inputs.last_moment
         return importance.carry(inputs.scores, scores, passed, self.half_life)

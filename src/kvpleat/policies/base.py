@@ -1,4 +1,6 @@
-"""What a policy is: a frozen dataclass that answers questions about tokens and returns Decisions. It never touches memory."""
+"""What a policy is: a frozen dataclass that answers questions about tokens and returns Decisions. It never touches
+memory.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass

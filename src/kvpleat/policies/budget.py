@@ -15,12 +15,12 @@ def check_ratio(ratio: float | None) -> None:
         return
     if 0.0 <= ratio < 1.0:
         raise OptionError(
-            f"ratio={ratio}: a compression ratio is full over compressed size, at least 1; below 1 the cache would grow. "
-            f"If you mean the fraction removed, as some libraries do, pass 1/(1-r): ratio={1 / (1 - ratio):.4g}."
+            f"ratio={ratio}: a compression ratio is full over compressed size, at least 1; below 1 the cache would "
+            f"grow. If you mean the fraction removed, as some libraries do, pass 1/(1-r): ratio={1 / (1 - ratio):.4g}."
         )
     raise OptionError(
-        f"ratio={ratio}: outside 1 to {MAX_RATIO:.0f}; nothing useful would be left. Pass for example ratio=4.0, "
-        "or policies.Full() for no compression."
+        f"ratio={ratio}: outside 1 to {MAX_RATIO:.0f}; nothing useful would be left. Pass for example ratio=4.0, or "
+        "policies.Full() for no compression."
     )
 
 
@@ -32,7 +32,8 @@ def check_at_least(**options: tuple[float, float]) -> None:
 
 
 def allowed_pages(shape: KVShape, tokens: int, ratio: float) -> int:
-    """Pages that all streams of one row may hold together so that full / allocated bytes >= ratio at `tokens` tokens."""
+    """Pages that all streams of one row may hold together so that full / allocated bytes >= ratio at `tokens`
+    tokens."""
     return int(accounting.full_bytes(shape, tokens) / ratio) // accounting.page_bytes(shape)
 
 

@@ -1,6 +1,8 @@
-"""Folding: entries that are not worth a slot of their own share one with their neighbours, at a rate that follows the score.
+"""Folding: entries that are not worth a slot of their own share one with their neighbours, at a rate that follows the
+score.
 
-Below the entries that stay exact come, in order of score, those that merge 2 to 1, then 4 to 1, then 8 to 1; the rest leaves.
+Below the entries that stay exact come, in order of score, those that merge 2 to 1, then 4 to 1, then 8 to 1; the rest
+leaves.
 """
 
 import torch

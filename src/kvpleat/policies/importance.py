@@ -1,8 +1,9 @@
 """How important each entry is: the attention it received, and the attention it would receive from what may come next.
 
-Both are probabilities of real queries over real entries. `received` uses the last queries as they are: at the end of a prompt
-they usually are its question. `foreseen` moves queries sampled since the last moment to positions just ahead, because the next
-tokens will ask from there: text to come resembles text seen, and a query differs from its like elsewhere only by its position.
+Both are probabilities of real queries over real entries. `received` uses the last queries as they are: at the end of a
+prompt they usually are its question. `foreseen` moves queries sampled since the last moment to positions just ahead,
+because the next tokens will ask from there: text to come resembles text seen, and a query differs from its like
+elsewhere only by its position.
 """
 
 import math
@@ -20,11 +21,17 @@ QUERY_BLOCK = 64  # queries scored at a time: bounds the memory of a moment
 
 def received(inputs: PolicyInput, last: int, smoothing: int) -> Tensor:
     """Mean attention from the last `last` queries and the query heads of the group, smoothed: [H, N] float32."""
-    assert inputs.queries is not None and inputs.query_positions is not None
+    assert inputs.queries is not None
+    assert inputs.query_positions is not None
     positions = inputs.query_positions[-last:]
     visible = inputs.live[:, None] & (inputs.positions[:, None] <= positions[None, :, None])
     mass = reference.attention_received(
-        _grouped(inputs, inputs.queries[:, -last:]), inputs.keys, inputs.log_weights, visible, inputs.scale, inputs.softcap
+        _grouped(inputs, inputs.queries[:, -last:]),
+        inputs.keys,
+        inputs.log_weights,
+        visible,
+        inputs.scale,
+        inputs.softcap,
     )
     return smooth(mass.mean(dim=(1, 2)), inputs.live, smoothing)
 
@@ -32,17 +39,24 @@ def received(inputs: PolicyInput, last: int, smoothing: int) -> Tensor:
 def foreseen(inputs: PolicyInput, recent: int, smoothing: int) -> Tensor:
     """Root mean square, over sampled queries, of the attention they would pay from positions ahead: [H, N] float32.
 
-    The square rewards what few queries need much. The latest `recent` entries are shown a second time, moved ahead, to stand
-    for the text that will then lie between query and cache and draw its share of attention.
+    The square rewards what few queries need much. The latest `recent` entries are shown a second time, moved ahead, to
+    stand for the text that will then lie between query and cache and draw its share of attention.
     """
     samples, sample_positions = inputs.samples, inputs.sample_positions
-    assert samples is not None and sample_positions is not None
+    assert samples is not None
+    assert sample_positions is not None
     index = torch.arange(samples.shape[1], device=samples.device)
     ahead = inputs.position + (index * 97) % HORIZON  # 97 and 256 have no common factor: every distance comes up
     moved = reference.rotate(samples, (ahead - sample_positions).expand(samples.shape[:-1]), inputs.rotary)
     stand_in = min(recent, HORIZON)
     latest = inputs.live & (inputs.positions >= inputs.position - stand_in)
-    keys = torch.cat([inputs.keys.float(), reference.rotate(inputs.keys, torch.full_like(inputs.positions, stand_in), inputs.rotary)], 1)
+    keys = torch.cat(
+        [
+            inputs.keys.float(),
+            reference.rotate(inputs.keys, torch.full_like(inputs.positions, stand_in), inputs.rotary),
+        ],
+        1,
+    )
     positions = torch.cat([inputs.positions, inputs.positions + stand_in], 1)
     present = torch.cat([inputs.live, latest], 1)
     bias = None if inputs.log_weights is None else inputs.log_weights.repeat(1, 2)

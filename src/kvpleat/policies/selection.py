@@ -33,8 +33,8 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates that are not protected, best first: [s, n] scores (-1 past the end), [s, n] rank of each entry (n past the
-    end), [s] how many."""
+    """Candidates that are not protected, best first: [s, n] scores (-1 past the end), [s, n] rank of each entry (n past
+    the end), [s] how many."""
 
     scores: Tensor
     rank: Tensor

@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvpleat import accounting
 from kvpleat.errors import OptionError
 from kvpleat.policies.base import Policy
-from kvpleat.policies.budget import allowed_pages, check_at_least, check_ratio, next_multiple, pages_for
+from kvpleat.policies.budget import check_at_least, check_ratio, next_multiple, pages_for
 from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 
 INTERVAL = 16  # tokens between two moments: the window slides in steps of a page, so that pages come back whole
@@ -41,8 +42,8 @@ class Window(Policy):
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.budget is None):
             raise OptionError(
-                f"Window(ratio={self.ratio}, budget={self.budget}): exactly one of the two says how much to keep. "
-                "Pass ratio=4.0 or budget=1024."
+                f"Window(ratio={self.ratio}, budget={self.budget}): exactly one of the two says how much to keep. Pass "
+                "ratio=4.0 or budget=1024."
             )
         check_ratio(self.ratio)
         check_at_least(sinks=(self.sinks, 0))
@@ -75,7 +76,11 @@ class Window(Policy):
             entries = self.budget
         else:
             assert self.ratio is not None
-            pages = allowed_pages(shape, moment, self.ratio) // shape.num_streams
-            smallest = pages_for(self.sinks + MIN_RECENT + INTERVAL, shape.page_size)
-            entries = max(pages, smallest) * shape.page_size
+            smallest = pages_for(self.sinks + MIN_RECENT + INTERVAL, shape.page_size) * shape.page_size // INTERVAL
+            # In steps of INTERVAL and so that whole pages hold them: a window that grew by a page of 32 at once would
+            # reach back to entries that are gone.
+            steps = shape.page_size // INTERVAL
+            allowed = int(accounting.full_bytes(shape, moment) / self.ratio)
+            fitting = steps * allowed // (accounting.page_bytes(shape) * shape.num_streams) - (steps - 1)
+            entries = max(fitting, smallest) * INTERVAL
         return max(self.sinks, moment - (entries - self.sinks - INTERVAL))
