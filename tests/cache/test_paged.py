@@ -1,6 +1,7 @@
 """The page pool and the streams on it, driven at random and compared with plain Python lists after every operation."""
 
 import gc
+import mmap
 import itertools
 import math
 import sys
@@ -312,7 +313,9 @@ def test_out_of_pages_in_apply() -> None:
     pool = PagePool(shape(), CPU, max_pages=4)
     cache, model = filled(pool, 16)
     with pytest.raises(OutOfPagesError):
-        cache.apply(0, 0, Decision(keep=torch.ones(HEADS, 16, dtype=torch.bool), reserve=16))
+        keep = torch.ones(HEADS, 16, dtype=torch.bool)
+        keep[:, 3] = False
+        cache.apply(0, 0, Decision(keep=keep, reserve=32))
     check(pool, [(cache, model)])
 
 
@@ -366,9 +369,9 @@ def test_observed_queries() -> None:
     queries = torch.randn(6, 30, DIM, dtype=torch.float64)
     start = 0
     for size in (2, 1, 9, 1, 1, 5, 11):
-        cache.observe(1, 0, queries[:, start : start + size], start)
+        cache.observed.observe(1, 0, queries[:, start : start + size], start)
         start += size
-        found, positions = cache.observed_queries(1, 0, start)
+        found, positions = cache.observed.recent(1, 0, start)
         assert positions.tolist() == list(range(max(0, start - 5), start))
         assert torch.equal(found, queries[:, positions])
 
@@ -397,7 +400,7 @@ def test_trim_returns_memory_to_the_system() -> None:
     assert grown > 0.9 * pool_bytes
     cache.release()
     full = process.memory_info().rss
-    assert pool.trim() == pool_bytes
+    assert 0 <= pool_bytes - pool.trim() < 2 * mmap.PAGESIZE * len(pool.arrays)  # ends of arrays share a system page
     fallen = full - process.memory_info().rss
     assert fallen > 0.9 * pool_bytes
 

@@ -31,7 +31,7 @@ def ragged(pages: PagePool) -> PagedKVCache:
         count = 0 if (row, layer) == (1, 0) else 37 + 5 * row
         keys, values = (torch.randn(3, count, 8, generator=random).to(pages.shape.dtype) for _ in range(2))
         cache.append(layer, row, keys, values, torch.arange(count, dtype=torch.int32))
-        cache.observe(layer, row, torch.randn(6, 9, 8, generator=random).to(pages.shape.dtype), 0)
+        cache.observed.observe(layer, row, torch.randn(6, 9, 8, generator=random).to(pages.shape.dtype), 0)
         if count:
             keep = torch.rand(3, count, generator=random) < torch.tensor([0.1, 0.5, 1.0])[:, None]
             keep[0] &= layer == 0  # an empty stream beside others
@@ -42,7 +42,7 @@ def ragged(pages: PagePool) -> PagedKVCache:
 
 def assert_same(one: PagedKVCache, other: PagedKVCache) -> None:
     assert torch.equal(one.lengths, other.lengths)
-    assert torch.equal(one.queries, other.queries)
+    assert torch.equal(one.observed.last, other.observed.last)
     for row, layer in itertools.product(range(2), range(2)):
         mine, theirs = one.entries(layer, row), other.entries(layer, row)
         assert torch.equal(mine.keys, theirs.keys)
@@ -81,7 +81,7 @@ def test_pack_is_a_copy() -> None:
     packed = snapshot.pack(cache)
     before = {name: tensor.clone() for name, tensor in packed.items()}
     cache.apply(0, 0, Decision(keep=torch.zeros(3, int(cache.lengths[0, 0].max()), dtype=torch.bool)))
-    cache.observe(0, 0, torch.ones(6, 4, 8), 100)
+    cache.observed.observe(0, 0, torch.ones(6, 4, 8), 100)
     assert all(torch.equal(packed[name].nan_to_num(-1), before[name].nan_to_num(-1)) for name in packed)
 
 
@@ -123,9 +123,9 @@ def test_write_leaves_permissions_to_the_user(tmp_path: Path) -> None:
 def test_checksum_covers_everything() -> None:
     """Names, shapes, dtypes and bytes of tensors all change the digest; order and layout do not."""
     base = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.zeros(2)}
-    digest = snapshot._digest(base)
-    assert snapshot._digest(dict(reversed(base.items()))) == digest
-    assert snapshot._digest({**base, "a": base["a"].t().contiguous().t()}) == digest
+    digest = snapshot._digest(base, "{}")
+    assert snapshot._digest(dict(reversed(base.items())), "{}") == digest
+    assert snapshot._digest({**base, "a": base["a"].t().contiguous().t()}, "{}") == digest
     for other in (
         {"a": base["a"]},
         {"x": base["a"], "b": base["b"]},
@@ -133,7 +133,7 @@ def test_checksum_covers_everything() -> None:
         {**base, "a": base["a"].view(torch.int32)},
         {**base, "b": torch.tensor([0.0, -0.0])},
     ):
-        assert snapshot._digest(other) != digest
+        assert snapshot._digest(other, "{}") != digest
 
 
 def test_a_changed_header_is_refused(tmp_path: Path) -> None:

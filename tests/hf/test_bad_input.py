@@ -776,7 +776,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, str]], Non
         metadata = json.loads(file.read(size))["__metadata__"]
     change(tensors, metadata)
     if metadata.get("sha256"):
-        metadata["sha256"] = snapshot._digest(tensors)
+        metadata["sha256"] = snapshot._digest(tensors, metadata.get("header", ""))
     save_file(tensors, path, metadata)
 
 

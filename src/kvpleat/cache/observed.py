@@ -19,6 +19,7 @@ class ObservedQueries:
         device: where they live.
     """
 
+    @torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
     def __init__(self, shape: KVShape, num_rows: int, window: int, device: torch.device) -> None:
         self.window = window
         size = (num_rows, shape.num_layers, shape.num_q_heads, window, shape.head_dim)

@@ -45,6 +45,7 @@ class PagedKVCache:
         rotary: how keys rotate when entries merge; None for models without rotary embedding.
     """
 
+    @torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
     def __init__(
         self, pool: PagePool, num_rows: int, observation_window: int = 0, rotary: Rotary | None = None
     ) -> None:
@@ -169,6 +170,7 @@ class PagedKVCache:
         if any(missing):
             self._give_pages(layer, row, missing)
 
+    @torch.inference_mode(False)
     def _give_pages(self, layer: int, row: int, counts: list[int]) -> None:
         """Add counts[h] pages to each stream of one layer of one row."""
         runs = self.pool.allocate(counts, self.owner)

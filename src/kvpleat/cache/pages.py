@@ -26,6 +26,7 @@ class PagePool:
         max_pages: upper limit of the pool; None: what the machine's memory holds.
     """
 
+    @torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
     def __init__(self, shape: KVShape, device: torch.device, max_pages: int | None = None) -> None:
         self.shape = shape
         self.device = device
@@ -79,6 +80,7 @@ class PagePool:
         self.owner[pages.long()] = FREE
         self.in_use -= pages.numel()
 
+    @torch.inference_mode(False)
     def trim(self) -> int:
         """Give the memory of free pages back to the system. Returns the bytes given back.
 
@@ -142,6 +144,7 @@ class PagePool:
                 "the context, raise the compression ratio, or release caches that are no longer used."
             )
 
+    @torch.inference_mode(False)
     def _extend(self, missing: int) -> None:
         """Add `missing` pages to the pool."""
         if missing <= 0:

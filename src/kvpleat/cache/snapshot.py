@@ -61,7 +61,10 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Non
     metadata = {"format": FORMAT, "header": text, "sha256": _digest(tensors, text)}
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask makes of a new file; safetensors makes it private
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         needed = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -182,8 +182,6 @@ class Pleated:
 
     # ---- hooks around the decoder
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -200,7 +198,6 @@ class Pleated:
         kwargs |= {"past_key_values": cache, "kvpleat_call": call}
         return (), kwargs
 
-    @torch.inference_mode(False)
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call: ForwardCall = kwargs["kvpleat_call"]
         cache = call.cache

@@ -94,8 +94,7 @@ def attention_forward(
             "Leave autocast, and load the model in the dtype it runs in."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.inference_mode(False), torch.no_grad():  # the pool outlives the mode this call runs in
-        attended = _attend(kvpleat_call, facts.layers.index(index), query, key, value, scale, softcap)
+    attended = _attend(kvpleat_call, facts.layers.index(index), query, key, value, scale, softcap)
     return attended.transpose(1, 2).contiguous(), None
 
 

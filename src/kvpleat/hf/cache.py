@@ -1,4 +1,5 @@
-"""The Cache that transformers sees: logical lengths on the outside, a PagedKVCache and the progress of each row inside."""
+"""The Cache that transformers sees: logical lengths on the outside, a PagedKVCache and the progress of each row
+inside."""
 
 import weakref
 from pathlib import Path
@@ -103,7 +104,6 @@ class PleatedCache(Cache):
             )
         self.prompt_end = columns
 
-    @torch.inference_mode(False)
     def fork(self) -> "PleatedCache":
         """An independent copy: the two go on separately. Costs as many bytes again."""
         self.check_usable()
@@ -130,12 +130,10 @@ class PleatedCache(Cache):
         self.check_usable()
         save(self, Path(path))
 
-    @torch.inference_mode(False)
     def trim(self) -> int:
         """Give the memory of the pool's free pages back to the system. Returns the bytes given back."""
         return self.kv.pool.trim() if self.kv is not None else 0
 
-    @torch.inference_mode(False)
     def release(self) -> None:
         """Return every page to the pool now, rather than when the cache is garbage collected."""
         if self.kv is not None:
@@ -155,7 +153,6 @@ class PleatedCache(Cache):
                 self, name, [list(x) if isinstance(x, list) else x for x in value] if isinstance(value, list) else value
             )
 
-    @torch.inference_mode(False)
     def start(self, num_rows: int) -> PagedKVCache:
         """The entries, made on the first call for `num_rows` rows; later calls must bring as many."""
         if self.kv is None:
@@ -210,7 +207,6 @@ class PleatedCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         raise UnsupportedError("Selecting rows of a compressed cache is not supported. Start a cache for those rows.")
 
-    @torch.inference_mode(False)
     def reset(self) -> None:
         """Empty the cache, for use from the start."""
         self.release()

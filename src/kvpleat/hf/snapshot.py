@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -51,7 +50,6 @@ def load(pleated: "Pleated", path: Path) -> PleatedCache:
         ) from error
 
 
-@torch.inference_mode(False)
 def _restore(pleated: "Pleated", path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> PleatedCache:
     """The cache that tensors and header describe; any exception leaves nothing behind."""
     for what, found, wanted in (

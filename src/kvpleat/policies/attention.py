@@ -16,7 +16,7 @@ from kvpleat.policies.selection import Candidates, Ranking, cover, rank, share_p
 from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 
 LAYER_CAP = 3.0  # a layer may bring this many times an equal share into the competition between layers
-OVERSHOOT = 1.125  # layers may hold this much of the budget before they compete in the middle of a prefill
+OVERSHOOT = 1.25  # layers may hold this much of the budget before they compete in the middle of a prefill
 SMALLEST = 128  # entries per stream below which a prompt is not compressed before its end
 PREFILL_STEP = 64  # interim moments of a prompt are multiples of this
 RECENT_COVERAGE = 64  # recent window (entries) under the coverage contract, which knows no budget
@@ -27,8 +27,8 @@ class AttentionScore(Policy):
     """Keep important entries exact, fold less important ones into their neighbours, evict the rest.
 
     - Importance is the attention received from the last queries plus the attention foreseen from sampled queries moved
-      just ahead (see kvpleat.policies.importance), times the norm of the value. It is carried from moment to moment with
-      exponential forgetting.
+      just ahead (see kvpleat.policies.importance), times the norm of the value. It is carried from moment to moment
+      with exponential forgetting.
     - Selective. Sinks, a recent window and the entries of highest importance stay exact; the next ones fold 2, 4 and 8
       to 1; the rest leaves.
     - Adaptive. Streams compete for pages by importance, over the heads of a layer and over all layers, above a floor.

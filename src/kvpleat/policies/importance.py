@@ -45,29 +45,36 @@ def foreseen(inputs: PolicyInput, recent: int, smoothing: int) -> Tensor:
     samples, sample_positions = inputs.samples, inputs.sample_positions
     assert samples is not None
     assert sample_positions is not None
+    num_heads, num_entries = inputs.live.shape
     index = torch.arange(samples.shape[1], device=samples.device)
     ahead = inputs.position + (index * 97) % HORIZON  # 97 and 256 have no common factor: every distance comes up
-    moved = reference.rotate(samples, (ahead - sample_positions).expand(samples.shape[:-1]), inputs.rotary)
+    moved = _grouped(inputs, reference.rotate(samples, (ahead - sample_positions).expand(samples.shape[:-1]), inputs.rotary))
     stand_in = min(recent, HORIZON)
-    latest = inputs.live & (inputs.positions >= inputs.position - stand_in)
-    keys = torch.cat(
-        [
-            inputs.keys.float(),
-            reference.rotate(inputs.keys, torch.full_like(inputs.positions, stand_in), inputs.rotary),
-        ],
-        1,
-    )
-    positions = torch.cat([inputs.positions, inputs.positions + stand_in], 1)
-    present = torch.cat([inputs.live, latest], 1)
-    bias = None if inputs.log_weights is None else inputs.log_weights.repeat(1, 2)
-    total = torch.zeros(inputs.shape.num_kv_heads, inputs.shape.group_size, inputs.live.shape[1], device=keys.device)
-    for start in range(0, moved.shape[1], QUERY_BLOCK):
-        block = slice(start, start + QUERY_BLOCK)
-        visible = present[:, None] & (positions[:, None] <= ahead[None, block, None])
-        queries = _grouped(inputs, moved[:, block])
-        mass = reference.attention_received(queries, keys, bias, visible, inputs.scale, inputs.softcap)
-        total += mass[..., : total.shape[-1]].square().sum(2)
-    return smooth((total / moved.shape[1]).sqrt().mean(1), inputs.live, smoothing)
+    copies = inputs.live & (inputs.positions >= inputs.position - stand_in)
+    width = int(copies.sum(1).max())
+    latest = torch.argsort(copies.to(torch.int8), dim=1, descending=True, stable=True)[:, :width]
+    copied = inputs.keys.gather(1, latest[..., None].expand(-1, -1, inputs.keys.shape[-1]))
+    copied = reference.rotate(copied, torch.full_like(latest, stand_in), inputs.rotary)
+    keys = torch.cat([inputs.keys.float(), copied], 1).transpose(1, 2)
+    bias = torch.zeros(num_heads, num_entries, device=keys.device) if inputs.log_weights is None else inputs.log_weights
+    bias = bias.masked_fill(~inputs.live, -math.inf)
+    bias = torch.cat([bias, bias.gather(1, latest).masked_fill(~copies.gather(1, latest), -math.inf)], 1)[:, None]
+    copied_positions = inputs.positions.gather(1, latest) + stand_in
+    total = torch.zeros(num_heads, inputs.shape.group_size, num_entries, device=keys.device)
+    for start in range(0, moved.shape[2], QUERY_BLOCK):
+        # All entries lie before all moved queries, so that only the copies need causality. Few passes over few numbers
+        # at a time: this is the most expensive part of a moment.
+        queries = moved[:, :, start : start + QUERY_BLOCK].reshape(num_heads, -1, moved.shape[-1])
+        if inputs.softcap is None:
+            logits = torch.baddbmm(bias, queries, keys, alpha=inputs.scale)
+        else:
+            logits = (torch.bmm(queries, keys) * (inputs.scale / inputs.softcap)).tanh_() * inputs.softcap + bias
+        logits = logits.view(num_heads, inputs.shape.group_size, -1, logits.shape[-1])
+        future = copied_positions[:, None] > ahead[None, start : start + QUERY_BLOCK, None]
+        logits[..., num_entries:].masked_fill_(future[:, None], -math.inf)
+        paid = torch.softmax(logits, dim=-1)[..., :num_entries]
+        total += paid.square().sum(2)
+    return smooth((total / moved.shape[2]).sqrt().mean(1), inputs.live, smoothing)
 
 
 def smooth(scores: Tensor, live: Tensor, width: int) -> Tensor:
