@@ -61,7 +61,11 @@ def _heat(report: MemoryReport, left: int) -> list[str]:
                 f"{kept:.1%}</title></rect>"
             )
     cells += [_text(left + (i + 0.5) * wide, 234, str(i), anchor="middle") for i in range(0, layers, 5)]
-    cells.append(_text(left, 252, f"layer; from {float(share.min()):.0%} (palest) to {float(share.max()):.0%} of a head's entries"))
+    cells.append(
+        _text(
+            left, 252, f"layer; from {float(share.min()):.0%} (palest) to {float(share.max()):.0%} of a head's entries"
+        )
+    )
     return cells
 
 

@@ -143,28 +143,20 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def peak_memory(args: argparse.Namespace) -> dict[str, int]:
     """Growth of the peak resident memory by a chunked prefill, each side in a process of its own (Linux)."""
     peaks = {}
-    for side in ("dynamic", "kvpleat"):
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "kvpleat.bench.speed",
-            "--peak-of",
-            side,
-            "--model",
-            args.model,
-        ]
-        command += [
-            "--data",
-            str(args.data),
-            "--context",
-            str(args.context),
-            "--policy",
-            args.policy,
-            "--dtype",
-            args.dtype,
-        ]
+    for side, policy in (
+        ("dynamic", "full"),
+        ("kvpleat", args.policy),
+        (f"kvpleat {args.memory_policy}", args.memory_policy),
+    ):
+        options = {
+            "model": args.model,
+            "data": args.data,
+            "context": args.context,
+            "dtype": args.dtype,
+            "policy": policy,
+        }
+        command = [sys.executable, "-W", "ignore", "-m", "kvpleat.bench.speed", "--peak-of", side.split()[0]]
+        command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
         peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     return peaks
 
@@ -197,19 +189,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
         f"batch {figures['batch']}, context {figures['context']}, {figures['threads']} threads, copy bandwidth "
         f"{figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, compression ratio {figures['kv']['compression_ratio']:.2f}"
     )
-    table = Table(
-        "cache",
-        "floor ms",
-        "step ms (median)",
-        "min to max",
-        "tokens/s",
-        "prefill s",
-        "peak memory of a chunked prefill",
-    )
+    table = Table("cache", "floor ms", "step ms (median)", "min to max", "tokens/s", "prefill s")
     for side in ("dynamic", "kvpleat"):
         steps = figures["step_s"][side]
         median = statistics.median(steps)
-        peak = figures.get("peak_prefill_bytes", {}).get(side)
         table.add_row(
             side,
             f"{1e3 * figures['floor_s'][side]:.1f}",
@@ -217,11 +200,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
             f"{1e3 * min(steps):.1f} to {1e3 * max(steps):.1f}",
             f"{figures['batch'] / median:.1f}",
             f"{figures['prefill_s'][side]:.1f}",
-            "" if peak is None else human_bytes(peak),
         )
     console.print(table)
     medians = [statistics.median(figures["step_s"][side]) for side in ("dynamic", "kvpleat")]
     console.print(f"decode: {medians[0] / medians[1]:.2f}x")
+    for side, peak in figures.get("peak_prefill_bytes", {}).items():
+        console.print(f"peak process memory of a prefill in chunks of {CHUNK}, one row, {side}: {human_bytes(peak)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -229,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kvpleat.bench.speed", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--policy", default="attention:ratio=4")
+    parser.add_argument("--memory-policy", default="attention:ratio=4,slack=2", help="measured too, for memory")
     parser.add_argument("--data", type=Path, required=True, help="JSONL (.xz, .gz) with the keys source and text")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=8192, help="tokens at the end of the run")

@@ -48,7 +48,9 @@ def foreseen(inputs: PolicyInput, recent: int, smoothing: int) -> Tensor:
     num_heads, num_entries = inputs.live.shape
     index = torch.arange(samples.shape[1], device=samples.device)
     ahead = inputs.position + (index * 97) % HORIZON  # 97 and 256 have no common factor: every distance comes up
-    moved = _grouped(inputs, reference.rotate(samples, (ahead - sample_positions).expand(samples.shape[:-1]), inputs.rotary))
+    moved = _grouped(
+        inputs, reference.rotate(samples, (ahead - sample_positions).expand(samples.shape[:-1]), inputs.rotary)
+    )
     stand_in = min(recent, HORIZON)
     copies = inputs.live & (inputs.positions >= inputs.position - stand_in)
     width = int(copies.sum(1).max())
