@@ -1,9 +1,9 @@
 """The page pool and the streams on it, driven at random and compared with plain Python lists after every operation."""
 
 import gc
-import mmap
 import itertools
 import math
+import mmap
 import sys
 from dataclasses import dataclass, field
 from typing import Any

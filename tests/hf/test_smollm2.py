@@ -34,7 +34,7 @@ def test_full_gives_the_tokens_of_transformers_cache(loaded: models.LoadedModel,
 
 
 def test_attention_score_keeps_its_contract_however_fed(loaded: models.LoadedModel, ids: torch.Tensor) -> None:
-    """Ratio 2 on real text: the memory of the contract at every step, heads that differ, and the same logits in pieces."""
+    """Ratio 2 on real text: the contract at every step, heads that differ, and the same logits in pieces."""
     with compress(loaded.model, policies.AttentionScore(ratio=2.0)) as pleated, torch.no_grad():
         whole, pieces = pleated.new_cache(), pleated.new_cache()
         first = pleated.prefill(ids[:, :600], cache=whole)

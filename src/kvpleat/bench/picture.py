@@ -1,7 +1,7 @@
-"""The picture in the README: `python -m kvpleat.bench.picture TEXT --out FILE.svg` compresses a text and draws what is left.
+"""The picture in the README: `python -m kvpleat.bench.picture TEXT --out FILE.svg` compresses a text and draws the rest.
 
-Left, the bytes of the full cache beside what the compressed one allocates; right, how many entries each layer and KV head
-kept. Every number comes from the run that draws it.
+Left, the bytes of the full cache beside what the compressed one allocates; right, how many entries each layer and KV
+head kept. Every number comes from the run that draws it.
 """
 
 import argparse
@@ -56,7 +56,8 @@ def _heat(report: MemoryReport, left: int) -> list[str]:
         for head in range(heads):
             kept = float(share[layer, head])
             cells.append(
-                f'<rect x="{left + layer * wide:.1f}" y="{66 + head * high:.1f}" width="{wide - 1:.1f}" height="{high - 1:.1f}" '
+                f'<rect x="{left + layer * wide:.1f}" y="{66 + head * high:.1f}" '
+                f'width="{wide - 1:.1f}" height="{high - 1:.1f}" '
                 f'fill="{BLUE}" fill-opacity="{0.06 + 0.94 * kept:.3f}"><title>layer {layer}, head {head}: '
                 f"{kept:.1%}</title></rect>"
             )
