@@ -312,9 +312,9 @@ def test_out_of_pages_in_apply() -> None:
     """A decision whose reserve does not fit loses no entry."""
     pool = PagePool(shape(), CPU, max_pages=4)
     cache, model = filled(pool, 16)
+    keep = torch.ones(HEADS, 16, dtype=torch.bool)
+    keep[:, 3] = False
     with pytest.raises(OutOfPagesError):
-        keep = torch.ones(HEADS, 16, dtype=torch.bool)
-        keep[:, 3] = False
         cache.apply(0, 0, Decision(keep=keep, reserve=32))
     check(pool, [(cache, model)])
 

@@ -1,4 +1,4 @@
-"""The picture in the README: `python -m kvpleat.bench.picture TEXT --out FILE.svg` compresses a text and draws the rest.
+"""The picture in the README: `python -m kvpleat.bench.picture TEXT --out FILE.svg` compresses a text, draws the rest.
 
 Left, the bytes of the full cache beside what the compressed one allocates; right, how many entries each layer and KV
 head kept. Every number comes from the run that draws it.

@@ -117,6 +117,7 @@ class Pleated:
         for cache in list(self._caches):
             cache.release()
         self._last = None
+        self.pool.trim()  # now, even if somebody still holds a cache
         del self.pool
 
     def __enter__(self) -> Self:
