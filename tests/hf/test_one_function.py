@@ -442,6 +442,25 @@ class TestAttentionScore:
             pleated.prefill(models.prompt(300), cache=cache)
             assert cache.report().kept.unique().numel() > 1
 
+    def test_what_was_kept_decides_the_output(self, family: str) -> None:
+        """What was kept at the end of a prompt, per layer and head, as a mask over a full forward: the same logits."""
+        model, prompt = models.tiny(family), 233
+        ids = models.prompt(prompt + 20)  # up to the next moment at 256 nothing else leaves
+        with compress(model, AttentionScore(ratio=3.0, fold=0.0)) as pleated:
+            cache = pleated.new_cache()
+            pleated.prefill(ids[:, :prompt], cache=cache, chunk_size=50)
+            visible = {}
+            for layer, place in enumerate(pleated.facts.layers):
+                entries = cache.kv.entries(layer, 0)
+                mask = torch.ones(pleated.facts.shape.num_kv_heads, ids.shape[1], ids.shape[1], dtype=torch.bool)
+                mask[:, prompt:, :prompt] = False
+                for head, live in enumerate(entries.live):
+                    mask[head, prompt:, entries.fields["position"][head][live].long()] = True
+                assert int(mask[:, -1, :prompt].sum()) < mask.shape[0] * prompt
+                visible[place] = mask
+            found = pleated.continue_with(ids[:, prompt:], cache=cache)[0]
+        close(found, reference.forward(model, ids[0], visible)[prompt:])
+
     def test_sinks_and_recent_window_stay_exact(self, family: str) -> None:
         """After a prompt, the keys and values of sinks and recent window are those of a full cache, bit for bit."""
         model, ids = models.tiny(family), models.prompt(300)
