@@ -29,7 +29,8 @@ from kvpleat.errors import OptionError
 from kvpleat.hf.models import LoadedModel, load
 from kvpleat.policies import Policy
 
-PASS_KEY = " The pass key is {key}. Remember it. {key} is the pass key. "
+INTRODUCTION = "There is important information hidden inside a lot of irrelevant text. Find it and memorize it.\n\n"
+PASS_KEY = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 
@@ -96,13 +97,13 @@ def pass_key_prompts(
     prompts = []
     for _, text in filler:
         key = str(generator.randrange(10_000, 100_000))
-        needle, question = (
+        start, needle, question = (
             torch.tensor(loaded.tokenizer(part, add_special_tokens=False)["input_ids"])
-            for part in (PASS_KEY.format(key=key), QUESTION)
+            for part in (INTRODUCTION, PASS_KEY.format(key=key), QUESTION)
         )
-        room = length - len(needle) - len(question)
+        room = length - len(start) - len(needle) - len(question)
         depth = generator.randrange(room)
-        prompt = torch.cat([text[:depth], needle, text[depth:room], question])
+        prompt = torch.cat([start, text[:depth], needle, text[depth:room], question])
         answer = torch.tensor(loaded.tokenizer(" " + key, add_special_tokens=False)["input_ids"])
         prompts.append((prompt, answer))
     return prompts
