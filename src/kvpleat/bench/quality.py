@@ -79,7 +79,9 @@ def token_windows(loaded: LoadedModel, path: Path, length: int, count: int, seed
     generator.shuffle(places)
     windows = []
     for source, start in places:
-        tokens = loaded.tokenizer(joined[source][start : start + span], add_special_tokens=False)["input_ids"]
+        tokens = loaded.tokenizer(joined[source][start : start + span], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         if len(tokens) >= length:
             windows.append((source, torch.tensor(tokens[:length])))
         if len(windows) == count:
@@ -98,13 +100,13 @@ def pass_key_prompts(
     for _, text in filler:
         key = str(generator.randrange(10_000, 100_000))
         start, needle, question = (
-            torch.tensor(loaded.tokenizer(part, add_special_tokens=False)["input_ids"])
+            torch.tensor(loaded.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
             for part in (INTRODUCTION, PASS_KEY.format(key=key), QUESTION)
         )
         room = length - len(start) - len(needle) - len(question)
         depth = generator.randrange(room)
         prompt = torch.cat([start, text[:depth], needle, text[depth:room], question])
-        answer = torch.tensor(loaded.tokenizer(" " + key, add_special_tokens=False)["input_ids"])
+        answer = torch.tensor(loaded.tokenizer(" " + key, add_special_tokens=False, verbose=False)["input_ids"])
         prompts.append((prompt, answer))
     return prompts
 
