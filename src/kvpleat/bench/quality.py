@@ -64,15 +64,19 @@ def read_documents(path: Path) -> Iterator[tuple[str, str]]:
             yield item.get("source", path.name), item["text"]
 
 
-def token_windows(loaded: LoadedModel, path: Path, length: int, count: int, seed: int) -> list[tuple[str, Tensor]]:
-    """`count` windows of `length` tokens with their source, drawn without replacement from all of the file's text.
+def token_windows(
+    loaded: LoadedModel, path: Path, length: int, count: int, seed: int, sources: list[str] | None = None
+) -> list[tuple[str, Tensor]]:
+    """`count` windows of `length` tokens with their source, drawn without replacement from all of the file's text, or
+    from that of some sources.
 
     Documents of one source are joined, so that short ones count too; a source is drawn in proportion to its length.
     """
     generator = random.Random(seed)
     by_source: dict[str, list[str]] = {}
     for source, text in read_documents(path):
-        by_source.setdefault(source, []).append(text)
+        if sources is None or source in sources:
+            by_source.setdefault(source, []).append(text)
     joined = {source: "\n\n".join(texts) for source, texts in sorted(by_source.items())}
     span = 8 * length  # characters that hold `length` tokens of almost any text
     places = [(source, i) for source, text in joined.items() for i in range(0, len(text) - span + 1, span)]
@@ -147,7 +151,7 @@ def run(loaded: LoadedModel, chosen: list[Policy], args: argparse.Namespace, pro
     )
     keys = {}
     for length in args.pass_key_lengths if args.pass_keys else []:
-        filler = token_windows(loaded, args.data, length, args.pass_keys, args.seed + length)
+        filler = token_windows(loaded, args.data, length, args.pass_keys, args.seed + length, args.pass_key_sources)
         keys[length] = pass_key_prompts(loaded, filler, length, args.seed + length)
     results = []
     task = progress.add_task("items", total=len(chosen) * (len(windows) + sum(map(len, keys.values()))))
@@ -226,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=16, help="continuations")
     parser.add_argument("--pass-keys", type=int, default=16, help="pass-key prompts of each length")
     parser.add_argument("--pass-key-lengths", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--pass-key-sources", nargs="+", default=None, help="sources of the text that hides pass keys")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default="float32")
