@@ -44,23 +44,22 @@ def prefill(
     step = chunk_size or total
     last = [total - 1] * input_ids.shape[0] if attention_mask is None else _last_tokens(attention_mask[:, start:])
     logits: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for first in range(0, total, step):
-            stop = min(first + step, total)
-            mask = None if attention_mask is None else attention_mask[:, : start + stop]
-            columns = sorted({column for column in last if first <= column < stop}) or [stop - 1]
-            out = model(
-                input_ids[:, first:stop],
-                attention_mask=mask,
-                past_key_values=cache,
-                logits_to_keep=torch.tensor(columns, device=input_ids.device) - first,
-                **_positions(mask, start + first, start + stop),
-            )
-            for row, column in enumerate(last):
-                if first <= column < stop:
-                    logits[row] = out.logits[row, columns.index(column)]
-            if on_progress is not None:
-                on_progress(stop)
+    for first in range(0, total, step):
+        stop = min(first + step, total)
+        mask = None if attention_mask is None else attention_mask[:, : start + stop]
+        columns = sorted({column for column in last if first <= column < stop}) or [stop - 1]
+        out = model(
+            input_ids[:, first:stop],
+            attention_mask=mask,
+            past_key_values=cache,
+            logits_to_keep=torch.tensor(columns, device=input_ids.device) - first,
+            **_positions(mask, start + first, start + stop),
+        )
+        for row, column in enumerate(last):
+            if first <= column < stop:
+                logits[row] = out.logits[row, columns.index(column)]
+        if on_progress is not None:
+            on_progress(stop)
     result = torch.stack([logits[row] for row in range(len(last))])
     if bool(torch.isnan(result).any()):
         raise NumericsError(

@@ -33,6 +33,21 @@ def attend(
     Returns:
         [H, G, T, D] in q's dtype. A query that sees nothing returns zeros.
     """
+    weights = attention_received(q, k, bias, visible, scale, softcap)
+    unread = (weights == 0).flatten(1, 2).all(dim=1)
+    values = v.float().masked_fill(unread[..., None], 0.0)  # 0 * NaN is NaN: holes may hold anything
+    return torch.einsum("hgtn,hnd->hgtd", weights, values).to(q.dtype)
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention probability each entry receives from each query: [H, G, T, N] float32. Arguments as in `attend`."""
     logits = torch.einsum("hgtd,hnd->hgtn", q.float(), k.float()) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -42,30 +57,7 @@ def attend(
     if bias is not None:
         hidden = hidden | (bias == -math.inf)[:, None, None]
         logits = logits + bias[:, None, None]
-    weights = torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1)
-    weights = weights.masked_fill(hidden, 0.0)  # 0, and not NaN, where a query sees nothing
-    values = v.float().masked_fill(
-        hidden.all(dim=2).squeeze(1)[..., None], 0.0
-    )  # 0 * NaN is NaN: holes may hold anything
-    return torch.einsum("hgtn,hnd->hgtd", weights, values).to(q.dtype)
-
-
-def attention_received(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    visible: Tensor,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention probability that each entry receives from each query: [H, G, T, N] float32. Arguments as in
-    `attend`."""
-    logits = torch.einsum("hgtd,hnd->hgtn", q.float(), k.float()) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if bias is not None:
-        logits = logits + bias[:, None, None]
-    hidden = ~(visible[None] if visible.dim() == 2 else visible)[:, None]
+    # The second fill makes 0, and not NaN, of a query that sees nothing; NaN among what is seen stays NaN.
     return torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1).masked_fill(hidden, 0.0)
 
 
