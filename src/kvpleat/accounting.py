@@ -8,6 +8,7 @@ A mask is never a saving: only allocated bytes make a compression ratio.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvpleat.types import ENTRY_FIELDS, KVShape
@@ -97,3 +98,32 @@ def human_bytes(count: float) -> str:
 def tensor_bytes(*tensors: Tensor | None) -> int:
     """Bytes of the storage that `tensors` occupy, counted once per tensor."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def storage_bytes(holder: object) -> int:
+    """Bytes of the storages behind every tensor that `holder` reaches through attributes and containers.
+
+    Each storage counts once and whole, however little of it a view shows: what a cache really occupies, without asking
+    it. Tensors made of others (quantised ones) are taken apart. Modules and functions are not followed.
+    """
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    open_: list[Any] = [holder]
+    while open_:
+        item = open_.pop()
+        if id(item) in seen or isinstance(item, str | bytes | int | float | type | torch.nn.Module):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if hasattr(item, "__tensor_flatten__"):
+                open_ += [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+            else:
+                storage = item.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            open_ += item.values()
+        elif isinstance(item, list | tuple | set):
+            open_ += item
+        elif hasattr(item, "__dict__") and not callable(item):
+            open_ += vars(item).values()
+    return sum(storages.values())

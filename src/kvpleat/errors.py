@@ -8,7 +8,9 @@ KvpleatError
 ├── CacheError         (RuntimeError)     a cache is used in a way its state does not allow
 ├── CacheFileError     (ValueError)       a saved cache is damaged, truncated, foreign, or could not be written
 ├── OutOfPagesError    (MemoryError)      the page pool cannot grow any further
-└── NumericsError      (ArithmeticError)  NaN or infinite values reached a policy or the output
+├── NumericsError      (ArithmeticError)  NaN or infinite values reached a policy or the output
+├── PeerError          (RuntimeError)     another library that is measured beside kvpleat failed
+└── JudgeError         (RuntimeError)     a measurement failed its own check, so its figures are not given out
 """
 
 
@@ -46,3 +48,11 @@ class OutOfPagesError(KvpleatError, MemoryError):
 
 class NumericsError(KvpleatError, ArithmeticError):
     """NaN or infinite values reached a policy or the output."""
+
+
+class PeerError(KvpleatError, RuntimeError):
+    """Another library that is measured beside kvpleat failed."""
+
+
+class JudgeError(KvpleatError, RuntimeError):
+    """A measurement failed its own check, so its figures are not given out."""

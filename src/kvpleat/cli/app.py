@@ -1,10 +1,9 @@
 """The commands of `kvpleat`. Answers go to stdout; progress, meters of single runs and errors to stderr."""
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,50 +13,15 @@ from kvpleat import explain as explain_model
 from kvpleat import policies as policies_module
 from kvpleat.cli import options, show
 from kvpleat.cli.chat import Chat, converse
+from kvpleat.cli.command import app, command, main, plain
 from kvpleat.cli.run import Answer, agreement, answer_compressed, answer_full
-from kvpleat.errors import KvpleatError
 from kvpleat.hf.models import known_models
 from kvpleat.policies import Policy
 
-P = ParamSpec("P")
-
-app = typer.Typer(
-    name="kvpleat",
-    help="Compress the KV cache of transformers models while they run, and give the memory back.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+__all__ = ["app", "main"]
 
 
-def main() -> None:
-    """Entry point of the `kvpleat` command."""
-    app()
-
-
-def _command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register a command. Errors that kvpleat raises on purpose end it with 2 and one paragraph; Ctrl-C with 130."""
-
-    @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            function(*args, **kwargs)
-        except KvpleatError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-    return app.command()(guarded)
-
-
-def _plain(text: str) -> str:
-    """Text with rich's markup escaped."""
-    return text.replace("[", r"\[")
-
-
-@_command
+@command
 def generate(
     model: options.Model = "smollm2-135m",
     policy: options.PolicyName = "attention",
@@ -125,7 +89,7 @@ def _generate_json(policy: Policy, full: Answer | None, compressed: Answer) -> d
     return result
 
 
-@_command
+@command
 def chat(
     model: options.Model = "smollm2-135m",
     policy: options.PolicyName = "attention",
@@ -149,7 +113,7 @@ def chat(
         converse(session, options.policy_label(chosen))
 
 
-@_command
+@command
 def policies(as_json: options.Json = False) -> None:
     """The policies: what each does, needs and guarantees."""
     known = policies_module.registry().values()
@@ -161,7 +125,7 @@ def policies(as_json: options.Json = False) -> None:
     _print_rows(rows, names)
 
 
-@_command
+@command
 def explain(
     model: options.Model = "smollm2-135m",
     policy: options.PolicyName = "attention",
@@ -181,12 +145,12 @@ def explain(
         return
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for topic, text in explanation.topics.items():
-        table.add_row(f"[bold]{topic}[/]", _plain(text))
-    table.add_row("[bold]source[/]", _plain(loaded.source))
+        table.add_row(f"[bold]{topic}[/]", plain(text))
+    table.add_row("[bold]source[/]", plain(loaded.source))
     Console(highlight=False).print(table)
 
 
-@_command
+@command
 def models(as_json: options.Json = False) -> None:
     """Models with short names. Local folders and names on the hub work everywhere too."""
     rows = [{"name": m.name, "state": m.state, "summary": m.summary, "remedy": m.remedy} for m in known_models()]
@@ -197,7 +161,7 @@ def models(as_json: options.Json = False) -> None:
     console = Console(highlight=False)
     for row in rows:
         if row["remedy"]:
-            console.print(f"\nTo install {row['name']}: {_plain(row['remedy'])}", soft_wrap=True)
+            console.print(f"\nTo install {row['name']}: {plain(row['remedy'])}", soft_wrap=True)
     console.print("\nAny folder that save_pretrained wrote and any name on the hub (org/model) work as --model too.")
 
 
@@ -210,7 +174,7 @@ def _print_rows(rows: list[dict[str, str]], names: tuple[str, ...]) -> None:
         table.add_column()
         table.add_row(f"[bold]{names[0]}[/]", f"[bold]{row[names[0]]}[/]")
         for name in names[1:]:
-            table.add_row(name, _plain(row[name]))
+            table.add_row(name, plain(row[name]))
         console.print(table)
         if row is not rows[-1]:
             console.print()

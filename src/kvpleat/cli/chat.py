@@ -20,6 +20,7 @@ from kvpleat.cli import show
 from kvpleat.cli.options import Decoding
 from kvpleat.cli.run import Answer, Prefilling, continue_cache
 from kvpleat.errors import CacheError, KvpleatError, OptionError
+from kvpleat.hf.families import cache_argument
 from kvpleat.hf.models import LoadedModel
 from kvpleat.policies import Policy
 
@@ -140,7 +141,7 @@ class Chat:
         with torch.no_grad():
             for token in [last] if [last] == self._ends else [last, *self._ends]:
                 ids = torch.tensor([[token]], device=self.loaded.model.device)
-                self.loaded.model(ids, past_key_values=self._cache)
+                self.loaded.model(ids, **{cache_argument(self.loaded.model): self._cache})
 
 
 # ---- the terminal

@@ -14,7 +14,7 @@ from kvpleat import compress
 from kvpleat.accounting import MemoryReport, tensor_bytes
 from kvpleat.cli.options import Decoding
 from kvpleat.hf.cache import PleatedCache
-from kvpleat.hf.families import describe
+from kvpleat.hf.families import cache_argument, describe
 from kvpleat.hf.models import LoadedModel
 from kvpleat.policies import Policy
 
@@ -135,8 +135,8 @@ def continue_cache(
         out = loaded.model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
             streamer=streamer,
+            **{cache_argument(loaded.model): cache},
             pad_token_id=loaded.tokenizer.eos_token_id if pad is None else pad,
             **decoding.generate_options(),
         )

@@ -22,7 +22,7 @@ from kvpleat.errors import AttachError, CacheError, UnsupportedError
 from kvpleat.hf import attention, calls, feed
 from kvpleat.hf.attention import IMPLEMENTATION, ForwardCall
 from kvpleat.hf.cache import PleatedCache
-from kvpleat.hf.families import ModelFacts, describe
+from kvpleat.hf.families import ModelFacts, cache_argument, describe, given_cache
 from kvpleat.hf.generate import wrap_generate
 from kvpleat.policies.base import Policy
 from kvpleat.types import Phase
@@ -137,7 +137,7 @@ class Pleated:
     # ---- caches
 
     def new_cache(self) -> PleatedCache:
-        """An empty cache, to be passed as `past_key_values` call after call."""
+        """An empty cache, to be passed as `cache` (before transformers 5.24: `past_key_values`) call after call."""
         self._check_attached()
         cache = PleatedCache(self)
         self.remember(cache)
@@ -191,11 +191,11 @@ class Pleated:
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         calls.check_mode(decoder, inputs)
         assert inputs is not None
-        cache = self._cache_for(kwargs.get("past_key_values"))
+        cache = self._cache_for(given_cache(kwargs))
         cache.check_usable()
         call = calls.plan(self, cache, inputs, kwargs)
         cache.interrupted = True
-        kwargs |= {"past_key_values": cache, "kvpleat_call": call}
+        kwargs |= {cache_argument(decoder): cache, "kvpleat_call": call}
         return (), kwargs
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -214,7 +214,7 @@ class Pleated:
             return self.new_cache()
         if not isinstance(given, PleatedCache):
             raise UnsupportedError(
-                f"past_key_values is a {type(given).__name__} that kvpleat does not own, so its entries cannot be "
+                f"The cache that was passed is a {type(given).__name__} that kvpleat does not own, so its entries cannot be "
                 "compressed. Pass nothing, or a cache made by pleated.new_cache()."
             )
         if given.pleated is not self:

@@ -4,6 +4,7 @@ Everything is read from the model's config and modules; a family that is not lis
 entry means, is refused by name.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from kvpleat.errors import UnsupportedError
 from kvpleat.types import KVShape, Rotary
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # names of a forward's cache, the newer one first
 MOVABLE_ROPE = {"default", "linear", "llama3", "yarn"}  # the angle is linear in the position, so keys can be moved
 
 
@@ -51,7 +53,7 @@ class ModelFacts:
 
     Args:
         family: transformers' model_type.
-        decoder: the module that runs the layers and takes past_key_values.
+        decoder: the module that runs the layers and takes the cache.
         layers: index of each compressed layer in the model, in order; its place here is the layer index of the cache.
         sliding: index -> window of the layers with sliding-window attention, which stay as they are.
         shape: KV shape of the compressed layers.
@@ -176,6 +178,18 @@ def _rotary(decoder: nn.Module, config: Any, family: str) -> Rotary:
             f"stored key cannot be moved. Supported: {', '.join(sorted(MOVABLE_ROPE))}."
         )
     return Rotary((module.full_attention_inv_freq if per_type else module.inv_freq).detach().float())
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What `module.forward` calls its cache: transformers renamed past_key_values to cache in 5.24."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """Take the cache out of a call's keyword arguments, whichever of its two names the caller used; None: there is
+    none."""
+    given = [kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
+    return next((cache for cache in given if cache is not None), None)
 
 
 def sliding_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpleat.errors import NumericsError, OptionError
 from kvpleat.hf.cache import PleatedCache
+from kvpleat.hf.families import cache_argument
 from kvpleat.types import Phase
 
 
@@ -51,8 +52,8 @@ def prefill(
         out = model(
             input_ids[:, first:stop],
             attention_mask=mask,
-            past_key_values=cache,
             logits_to_keep=torch.tensor(columns, device=input_ids.device) - first,
+            **{cache_argument(model): cache},
             **_positions(mask, start + first, start + stop),
         )
         for row, column in enumerate(last):
@@ -89,7 +90,7 @@ def continue_with(model: Any, input_ids: Tensor, *, cache: PleatedCache) -> Tens
             for start, last in zip(cache.positions, cache.last_moments, strict=True):
                 moments = cache.pleated.policy.moments(start, start + step, Phase.DECODE, last, shape)
                 step = min([step, *(moment - start for moment in moments)])
-            logits.append(model(input_ids[:, :step], past_key_values=cache).logits)
+            logits.append(model(input_ids[:, :step], **{cache_argument(model): cache}).logits)
             input_ids = input_ids[:, step:]
     finally:
         cache.decoding = False

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from kvpleat.errors import NumericsError, OptionError, UnsupportedError
 from kvpleat.hf.cache import PleatedCache
+from kvpleat.hf.families import cache_argument, given_cache
 
 if TYPE_CHECKING:
     from kvpleat.hf.attach import Pleated
@@ -57,9 +58,9 @@ def wrap_generate(pleated: "Pleated", generate: Callable[..., Any]) -> Callable[
             )
         total = ids.shape[1] if mask is None else mask.shape[1]
         _check_length(pleated, ids, mask, kwargs)
-        if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = pleated.new_cache()
-        cache = kwargs["past_key_values"]
+        cache = given_cache(kwargs)
+        cache = pleated.new_cache() if cache is None else cache
+        kwargs[cache_argument(pleated.model)] = cache
         if isinstance(cache, PleatedCache):
             cache.check_usable()
             cache.expect_prompt(total)
