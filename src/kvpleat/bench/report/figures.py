@@ -1,0 +1,218 @@
+"""The tables of a report: memory, every figure with interval and difference, verdicts, and weights against methods."""
+
+from collections.abc import Sequence
+
+from kvpleat.accounting import human_bytes
+from kvpleat.bench.methods import REFERENCE
+from kvpleat.bench.profiles import MemoryRow, memory_rows
+from kvpleat.bench.records import Record
+from kvpleat.bench.report import words
+from kvpleat.bench.report.results import Results
+from kvpleat.bench.report.tables import NONE, Cell, Table
+from kvpleat.bench.summary import EQUAL, Row, Verdict, primary_rows, summarize
+
+MASK = "mask only"
+READING = (
+    "Under a figure: its 95% interval, and the difference to the full cache on the same items with its own 95% "
+    "interval (perplexity: relative; pp: percentage points). Coloured where that interval leaves out 0."
+)
+
+
+def ordered(results: Results, specs: Sequence[str], ratios: dict[str, float]) -> list[str]:
+    """Methods in a table: the reference, then by ratio asked for (allocated, where none was), kvpleat's first."""
+    order = list(results.methods)
+
+    def place(spec: str) -> tuple[bool, float, bool, int]:
+        return (
+            spec != REFERENCE,
+            results.methods[spec]["ratio"] or ratios[spec],
+            not results.ours(spec),
+            order.index(spec),
+        )
+
+    return sorted(specs, key=place)
+
+
+def ratio_text(full: float, held: float) -> str:
+    """A ratio of bytes: 3.98x."""
+    return f"{full / held:.2f}x" if held else NONE
+
+
+def asked_text(results: Results, spec: str) -> str:
+    """The ratio a method was asked for."""
+    ratio = results.methods[spec]["ratio"]
+    return f"{ratio:g}x" if ratio else NONE
+
+
+def _name(results: Results, spec: str) -> tuple[str, str, bool]:
+    return results.label(spec), MASK if results.masked(spec) else "", results.ours(spec)
+
+
+def memory_table(records: Sequence[Record], results: Results) -> Table | None:
+    """Ratios asked for, claimed and really allocated, and what a process of its own measured where that ran."""
+    rows = {row.method: row for row in memory_rows(records)}
+    if not rows:
+        return None
+    measured = any(row.process for row in rows.values())
+    heads = ["method", "storage", "ratio asked", "claimed", "allocated"]
+    table = Table("Memory", [*heads, *(["process", "process ratio", "peak"] if measured else [])])
+    ratios = {spec: row.full_bytes / (row.allocated_bytes or 1) for spec, row in rows.items()}
+    for spec in ordered(results, list(rows), ratios):
+        table.rows.append((*_name(results, spec), _memory_cells(results, rows[spec], measured)))
+    table.note = (
+        "Ratios are full bytes over bytes held, sums over all items at their ends. Allocated: storage of the tensors "
+        "that the cache really holds, overhead included. Claimed: what the method says it keeps."
+    )
+    lengths = {row.process["length"] for row in rows.values() if row.process}
+    if lengths:
+        at = words.joined([f"{length:,.0f}" for length in sorted(lengths)])
+        table.note += f" Process: growth of a fresh process after {at} tokens; peak: while they were fed."
+    return table
+
+
+def _memory_cells(results: Results, row: MemoryRow, measured: bool) -> list[Cell]:
+    masked = results.masked(row.method)
+    cells = [
+        Cell(str(results.methods[row.method]["storage"])),
+        Cell(asked_text(results, row.method)),
+        Cell(ratio_text(row.full_bytes, row.claimed_bytes), css="struck" if masked else ""),
+        Cell(ratio_text(row.full_bytes, row.allocated_bytes)),
+    ]
+    if measured:
+        held, peak = (row.process.get(name) for name in ("process_bytes", "peak_bytes"))
+        cells.append(Cell(NONE if held is None else human_bytes(held)))
+        cells.append(Cell(NONE if held is None else ratio_text(row.process["full_bytes"], held)))
+        cells.append(Cell(NONE if peak is None else human_bytes(peak)))
+    return cells
+
+
+def quality_tables(records: Sequence[Record], results: Results) -> list[Table]:
+    """One row a method with every figure of the tasks that belong together."""
+    rows = summarize(records)
+    known = {task for tasks in words.TABLES.values() for task in tasks}
+    others = tuple(dict.fromkeys(row.task for row in rows if row.task not in known))
+    tables = []
+    for title, tasks in [*words.TABLES.items(), ("Other tasks", others)]:
+        mine = sorted((row for row in rows if row.task in tasks), key=lambda row: tasks.index(row.task))
+        if mine:
+            tables.append(_quality_table(title, mine, results))
+    if tables:
+        tables[0].note = READING
+    return tables
+
+
+def _quality_table(title: str, rows: Sequence[Row], results: Results) -> Table:
+    columns = dict.fromkeys((row.task, row.group, row.metric) for row in rows)
+    by_place = {(row.method, row.task, row.group, row.metric): row for row in rows}
+    several = len({task for task, _, _ in columns}) > 1
+    heads = []
+    for task, group, metric in columns:
+        parts = (words.task_name(task) if several or task not in words.TASKS else "", metric.label)
+        heads.append(", ".join(filter(None, (*parts, words.group_name(group)))))
+    table = Table(title, ["method", "ratio asked", "allocated", *heads])
+    ratios = _ratios(rows)
+    for spec in ordered(results, list(ratios), ratios):
+        cells = [Cell(asked_text(results, spec)), Cell(f"{ratios[spec]:.2f}x")]
+        cells += [figure_cell(by_place.get((spec, *column))) for column in columns]
+        table.rows.append((*_name(results, spec), cells))
+    return table
+
+
+def _ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """Method -> full over allocated bytes of the items of these rows, each item once."""
+    sums: dict[str, list[float]] = {}
+    for row in {(row.method, row.task, row.group): row for row in rows}.values():
+        both = sums.setdefault(row.method, [0.0, 0.0])
+        both[0] += row.full_bytes * row.items
+        both[1] += row.allocated_bytes * row.items
+    return {method: full / (held or 1.0) for method, (full, held) in sums.items()}
+
+
+def figure_cell(row: Row | None, more: str = "") -> Cell:
+    """A figure with its interval and difference; a dash where the method has none."""
+    if row is None:
+        return Cell(NONE)
+    value, interval = words.value_words(row)
+    under = tuple(filter(None, (interval, words.difference_words(row), more)))
+    tip = f"{row.items} items, {human_bytes(row.allocated_bytes)} allocated of {human_bytes(row.full_bytes)}"
+    return Cell(value, under, words.verdict(row), tip)
+
+
+def verdict_lines(found: Sequence[Verdict], results: Results) -> list[tuple[str, str]]:
+    """For each ratio: (its name, a sentence that says which method is best how often)."""
+    lines = []
+    for ratio in dict.fromkeys(verdict.ratio for verdict in found):
+        mine = [verdict for verdict in found if verdict.ratio == ratio]
+        wins: dict[str, list[Verdict]] = {}
+        for verdict in mine:
+            wins.setdefault(verdict.row.method, []).append(verdict)
+        parts = []
+        for spec, won in sorted(wins.items(), key=lambda item: -len(item[1])):
+            clear = sum(verdict.clear for verdict in won)
+            parts.append(f"{results.label(spec)} in {len(won)}" + (f" ({clear} clearly)" if clear else ""))
+        many = "measure" if len(mine) == 1 else "measures"
+        lines.append((f"1/{ratio:g} of the bytes", f"best of {len(mine)} {many}: {words.joined(parts)}."))
+    return lines
+
+
+def verdict_table(found: Sequence[Verdict], results: Results) -> Table:
+    """The best method by measure and ratio, and which others cannot be told from it."""
+    ratios = list(dict.fromkeys(verdict.ratio for verdict in found))
+    by_place = {(words.measure_name(v.row), v.ratio): v for v in found}
+    table = Table(
+        "Best method at equal allocated bytes", ["measure", *(f"1/{ratio:g} of the bytes" for ratio in ratios)]
+    )
+    for name in dict.fromkeys(name for name, _ in by_place):
+        cells = [_verdict_cell(by_place.get((name, ratio)), results) for ratio in ratios]
+        table.rows.append((name, "", False, cells))
+    table.note = (
+        f"Within 1/R of the full cache's bytes, really allocated, passed by {EQUAL:.0%} at most. Methods that mask only "
+        "hold the full cache and are in no budget. Not told apart: the paired 95% interval of the difference to the best "
+        "holds 0. The best of many is picked by its figure, which favours it a little."
+    )
+    return table
+
+
+def _verdict_cell(verdict: Verdict | None, results: Results) -> Cell:
+    if verdict is None:
+        return Cell(NONE)
+    tied = [results.label(spec) for spec in verdict.tied]
+    some = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
+    beside = f"not told apart: {words.joined(some)}" if tied else "clearly" if verdict.rivals else "the only one"
+    figure = f"{verdict.row.metric.text(verdict.row.value.value)} at {verdict.row.ratio:.2f}x"
+    ours = results.ours(verdict.row.method)
+    return Cell(results.label(verdict.row.method), (figure, beside), "best" if ours else "", "; ".join(tied))
+
+
+def weights_tables(results: Results) -> list[Table]:
+    """Weights against methods, a table for each task's primary metric; differences are to the full cache and weights."""
+    if len(results.weights) < 2:
+        return []
+    against = results.weights[0]
+    rows = primary_rows(summarize(results.records, reference_weights=against))
+    held = {(row.weights, row.method): row.process.get("weights_bytes") for row in memory_rows(results.records)}
+    sizes = {
+        weights: next((x for (w, _), x in held.items() if w == weights and x), None) for weights in results.weights
+    }
+    tables = []
+    for task, group in dict.fromkeys((row.task, row.group) for row in rows):
+        mine = {(row.weights, row.method): row for row in rows if (row.task, row.group) == (task, group)}
+        if len({weights for weights, _ in mine}) < 2:
+            continue
+        first = next(iter(mine.values()))
+        table = Table(words.measure_name(first), ["method", *results.weights])
+        ratios = {method: row.ratio for (_, method), row in mine.items()}
+        for spec in ordered(results, list(ratios), ratios):
+            cells = [_weights_cell(mine.get((weights, spec)), sizes[weights]) for weights in results.weights]
+            table.rows.append((*_name(results, spec), cells))
+        tables.append(table)
+    if tables:
+        tables[0].note = f"{READING} Here the full cache is the one at {against} weights."
+    return tables
+
+
+def _weights_cell(row: Row | None, weights_bytes: float | None) -> Cell:
+    if row is None:
+        return Cell(NONE)
+    model = f" + {human_bytes(weights_bytes)} weights" if weights_bytes else ""
+    return figure_cell(row, f"{human_bytes(row.allocated_bytes)} cache{model}")
