@@ -104,7 +104,7 @@ class Speed:
     """One method at one batch and context, in seconds; times are None where the speed was refused.
 
     Args:
-        prefill, ttft, step: (median, least, greatest): prefill and ttft over repeats, step over the steps of all repeats.
+        prefill, ttft, step: (median, least, greatest) over repeats, of steps over those of all repeats.
         tpot: mean time per token after the first, moments of compression included.
         itl: {"p50", "p90", "p99"} of the times between tokens.
         tokens_per_s: of all rows together.

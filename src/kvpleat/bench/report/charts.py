@@ -12,6 +12,7 @@ from kvpleat.bench.report.html import Html, el, join
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 128, 14, 40  # margins; labels of the lines stand in the right one
 LABEL_CHARS, LABEL_GAP = 21, 12.5
+EARLY, EARLY_CHARS = 0.15, 9  # lines that end within this share of the x axis are named there, in so many letters
 MOST_MARKS = 24  # a line of more points has one mark, at its end
 MARKS = "osdtosdt"  # one for each colour: circle, square, diamond, triangle
 
@@ -54,6 +55,9 @@ class Line:
     label: str
     look: Look
     points: Sequence[Point]
+
+
+End = tuple[float, str, Look]  # where a line ends, its name, its look
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def line_chart(
         note: a few words under the title. reference: a horizontal line at a value, with its name.
     """
     parts = [*_grid(x, y)]
-    ends: list[tuple[float, str, Look]] = []
+    early: list[End] = []
+    ends: list[End] = []
     if reference is not None:
         at = _y(y, reference[0])
         parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at, class_="reference"))
@@ -111,8 +116,11 @@ def line_chart(
     for line in sorted(lines, key=lambda line: (line.look.colour is not None, line.look.strong)):  # ours on top
         parts.append(_line(line, x, y))
         if line.points and line.label:
-            ends.append((_y(y, line.points[-1].y), line.label, line.look))
-    parts += _labels(ends)
+            last = line.points[-1]
+            side = early if x.share(last.x) < EARLY else ends
+            side.append((_y(y, last.y), line.label, line.look))
+    parts += _labels(ends, WIDTH - RIGHT, LABEL_CHARS)
+    parts += _labels(early, LEFT + EARLY * (WIDTH - LEFT - RIGHT), EARLY_CHARS)
     return figure(title, note, WIDTH, HEIGHT, *parts)
 
 
@@ -146,7 +154,7 @@ def _grid(x: Axis, y: Axis) -> list[Html]:
             parts.append(el("text", words, x=at, y=HEIGHT - BOTTOM + 15 + 11 * row, class_=css, text_anchor="middle"))
     base = HEIGHT - BOTTOM
     parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis"))
-    parts.append(el("text", x.label, x=WIDTH - RIGHT + 8, y=base + 15, class_="tick faint"))
+    parts.append(el("text", x.label, x=WIDTH - RIGHT + 26, y=base + 15, class_="tick faint"))
     return parts
 
 
@@ -181,7 +189,7 @@ def _mark(shape: str, x: float, y: float, hollow: bool, title: Html) -> Html:
     return el("path", title, d=path, class_=css)
 
 
-def _labels(ends: Sequence[tuple[float, str, Look]]) -> list[Html]:
+def _labels(ends: Sequence[End], left: float, chars: int) -> list[Html]:
     """Names at the lines' ends, pushed apart so that none covers another, with a hair line to where each belongs."""
     ends = sorted(ends, key=lambda end: end[0])
     places = [end[0] for end in ends]
@@ -193,8 +201,8 @@ def _labels(ends: Sequence[tuple[float, str, Look]]) -> list[Html]:
         places[i] = min(places[i], limit)
     parts = []
     for (at, label, look), place in zip(ends, places, strict=True):
-        short = label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…"
-        start = WIDTH - RIGHT + 2
+        short = label if len(label) <= chars else label[: chars - 1] + "…"
+        start = left + 2
         points = f"{start},{at:.1f} {start + 6},{at:.1f} {start + 10},{place:.1f} {start + 13},{place:.1f}"
         text = el("text", short, el("title", label), x=start + 16, y=place + 3.5, class_="label")
         leader = el("polyline", points=points, class_="leader")

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 from kvpleat.bench.methods import REFERENCE
 from kvpleat.bench.report.charts import REFERENCE_LOOK, Look
@@ -28,17 +29,21 @@ def families(results: Results) -> list[Family]:
     for spec in results.methods:
         if spec != REFERENCE:
             members.setdefault(_key(results, spec), []).append(spec)
-    rank = {"kvpleat": 0, "transformers": 1}
     broken = {key for key, specs in members.items() if "broken" in results.label(specs[0])}
-    ordered = sorted(
-        members.items(), key=lambda item: (item[0] in broken, rank.get(results.methods[item[1][0]]["family"], 2))
-    )
+    ordered = sorted(members.items(), key=lambda item: (item[0] in broken, _rank(results.methods[item[1][0]])))
     found = []
     for i, (key, specs) in enumerate(ordered):
         colour = i if i < COLOURS and key not in broken else None
         look = Look(colour, results.ours(specs[0]) and key not in broken, f"f{i}")
         found.append(Family(_label(results, specs), look, tuple(specs)))
     return found
+
+
+def _rank(method: dict[str, Any]) -> int:
+    """kvpleat's, transformers', kvpress's; last whatever does not compress, such as kvpleat's full cache."""
+    if method["ratio"] is None and method["storage"] != "quantized" and not method["options"]:
+        return 3
+    return {"kvpleat": 0, "transformers": 1}.get(method["family"], 2)
 
 
 def _key(results: Results, spec: str) -> tuple[object, ...]:

@@ -149,9 +149,12 @@ def verdict_lines(found: Sequence[Verdict], results: Results) -> list[tuple[str,
         parts = []
         for spec, won in sorted(wins.items(), key=lambda item: -len(item[1])):
             clear = sum(verdict.clear for verdict in won)
-            parts.append(f"{results.label(spec)} in {len(won)}" + (f" ({clear} clearly)" if clear else ""))
+            best = (
+                f"{results.label(spec)} is best in {len(won)}" if not parts else f"{results.label(spec)} in {len(won)}"
+            )
+            parts.append(best + (f" ({clear} clearly)" if clear else ""))
         many = "measure" if len(mine) == 1 else "measures"
-        lines.append((f"1/{ratio:g} of the bytes", f"best of {len(mine)} {many}: {words.joined(parts)}."))
+        lines.append((f"1/{ratio:g} of the bytes", f"of {len(mine)} {many}, {words.joined(parts)}."))
     return lines
 
 
@@ -166,9 +169,9 @@ def verdict_table(found: Sequence[Verdict], results: Results) -> Table:
         cells = [_verdict_cell(by_place.get((name, ratio)), results) for ratio in ratios]
         table.rows.append((name, "", False, cells))
     table.note = (
-        f"Within 1/R of the full cache's bytes, really allocated, passed by {EQUAL:.0%} at most. Methods that mask only "
-        "hold the full cache and are in no budget. Not told apart: the paired 95% interval of the difference to the best "
-        "holds 0. The best of many is picked by its figure, which favours it a little."
+        f"Within 1/R of the full cache's bytes, really allocated, passed by {EQUAL:.0%} at most. Methods that mask "
+        "only hold the full cache and are in no budget. Not told apart: the paired 95% interval of the difference to "
+        "the best holds 0. The best of many is picked by its figure, which favours it a little."
     )
     return table
 
@@ -185,7 +188,7 @@ def _verdict_cell(verdict: Verdict | None, results: Results) -> Cell:
 
 
 def weights_tables(results: Results) -> list[Table]:
-    """Weights against methods, a table for each task's primary metric; differences are to the full cache and weights."""
+    """Weights against methods, a table for each task's primary metric; differences are to full cache and weights."""
     if len(results.weights) < 2:
         return []
     against = results.weights[0]

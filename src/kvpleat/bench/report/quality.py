@@ -1,5 +1,6 @@
 """Plots of quality: against memory, over depth and length, over layers and heads, by turn and along a generation."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from kvpleat.accounting import human_bytes
@@ -12,7 +13,7 @@ from kvpleat.bench.report.charts import Axis, Line, Point, heat_map, line_chart,
 from kvpleat.bench.report.families import Family, method_looks
 from kvpleat.bench.report.html import Html
 from kvpleat.bench.report.results import Results
-from kvpleat.bench.summary import Metric, Row, summarize
+from kvpleat.bench.summary import METRICS, Metric, Row, summarize
 
 TURNS = "turn"
 
@@ -82,12 +83,13 @@ def _memory_point(row: Row, results: Results, relative: bool) -> Point:
 
 
 def _y_axis(metric: Metric, lines: Sequence[Line], level: float | None, relative: bool) -> Axis:
-    """An axis that a single hopeless method does not stretch: beyond three times the upper quartile points are cut."""
+    """An axis that a single hopeless method does not stretch: points three times as far off as three quarters of all
+    (from the full cache, in the direction that is worse) are not given room."""
     points = [point for line in lines for point in line.points]
-    ys = sorted(point.y for point in points)
-    if metric.better == "lower" and ys:
-        limit = 3 * max(ys[(3 * len(ys)) // 4 - 1 if len(ys) > 3 else -1], 0.0)
-        points = [point for point in points if point.y <= limit] or points
+    worse = {point: metric.worse_by(point.y - (level or 0.0)) for point in points}
+    ordered = sorted(worse.values())
+    limit = 3 * max(ordered[3 * len(ordered) // 4], 0.0) if len(ordered) > 3 else math.inf
+    points = [point for point in points if worse[point] <= limit] or points
     spread = [end for p in points for end in (p.y, p.low, p.high) if end is not None]
     spread += [] if level is None else [level]
     text = _tick(metric, relative)
@@ -183,13 +185,11 @@ def by_turn(records: Sequence[Record], results: Results, found: Sequence[Family]
 
 def along_generation(records: Sequence[Record], results: Results, found: Sequence[Family]) -> list[Html]:
     """KL to the full cache along a generation, one line for each method."""
-    metric = next(row.metric for row in summarize(records) if row.metric.name == "kl") if kl_along(records) else None
+    metric = next(metric for metric in METRICS if metric.name == "kl")
     curves = {
         method: [(tokens, value, True) for tokens, value in points] for method, points in kl_along(records).items()
     }
-    if metric is None:
-        return []
-    return [_curves("Long generation", "KL to the full cache, nats a token", curves, metric, results, found, "tokens")]
+    return [_curves("Long generation", metric.label, curves, metric, results, found, "tokens")] if curves else []
 
 
 Curves = dict[str, list[tuple[int, Interval, bool]]]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from kvpleat.bench.report.html import Html, el
 
-
 NONE = "\N{EN DASH}"  # in place of a figure that there is none of
 
 

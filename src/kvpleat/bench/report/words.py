@@ -27,7 +27,13 @@ TABLES = {
     "Long generation and drift": ("generation", "drift"),
 }
 # Metrics that get a plot against memory; of other tasks the first one does.
-PLOTS = {"continuation": ("perplexity", "kl"), "qa": ("f1",), "generation": ("kl", "repeated")}
+PLOTS = {
+    "continuation": ("perplexity", "kl"),
+    "qa": ("f1",),
+    "multiturn": ("f1",),
+    "drift": ("kl",),
+    "generation": ("kl", "repeated"),
+}
 
 
 def task_name(task: str) -> str:
