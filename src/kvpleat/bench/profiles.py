@@ -82,7 +82,10 @@ def kl_along(records: Iterable[Record]) -> dict[str, list[tuple[int, Interval]]]
                 sums[record.method][chunk].append((record.scores[f"kl_{chunk}"], tokens))
             chunk += 1
     return {
-        method: [((chunk + 1) * CHUNK, bootstrap_mean(*zip(*items, strict=True))) for chunk, items in chunks.items()]
+        method: [
+            (round(chunk * CHUNK + max(tokens for _, tokens in items)), bootstrap_mean(*zip(*items, strict=True)))
+            for chunk, items in chunks.items()
+        ]
         for method, chunks in sums.items()
     }
 

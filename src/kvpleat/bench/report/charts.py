@@ -11,7 +11,7 @@ from kvpleat.bench.report.html import Html, el, join
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 128, 14, 40  # margins; labels of the lines stand in the right one
-LABEL_CHARS, LABEL_GAP = 21, 12.5
+LABEL_CHARS, LABEL_GAP = 19, 12.5
 EARLY, EARLY_CHARS = 0.15, 9  # lines that end within this share of the x axis are named there, in so many letters
 MOST_MARKS = 24  # a line of more points has one mark, at its end
 MARKS = "osdtosdt"  # one for each colour: circle, square, diamond, triangle
@@ -109,6 +109,7 @@ def line_chart(
     parts = [*_grid(x, y)]
     early: list[End] = []
     ends: list[End] = []
+    beside = 0.0
     if reference is not None:
         at = _y(y, reference[0])
         parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at, class_="reference"))
@@ -117,10 +118,14 @@ def line_chart(
         parts.append(_line(line, x, y))
         if line.points and line.label:
             last = line.points[-1]
-            side = early if x.share(last.x) < EARLY else ends
-            side.append((_y(y, last.y), line.label, line.look))
+            end = (_y(y, last.y), line.label, line.look)
+            if x.share(last.x) < EARLY:
+                early.append(end)
+                beside = max(beside, _x(x, last.x))
+            else:
+                ends.append(end)
     parts += _labels(ends, WIDTH - RIGHT, LABEL_CHARS)
-    parts += _labels(early, LEFT + EARLY * (WIDTH - LEFT - RIGHT), EARLY_CHARS)
+    parts += _labels(early, beside + 3, EARLY_CHARS)
     return figure(title, note, WIDTH, HEIGHT, *parts)
 
 

@@ -29,12 +29,12 @@ def families(results: Results) -> list[Family]:
     for spec in results.methods:
         if spec != REFERENCE:
             members.setdefault(_key(results, spec), []).append(spec)
-    broken = {key for key, specs in members.items() if "broken" in results.label(specs[0])}
+    broken = {key for key, specs in members.items() if results.broken(specs[0])}
     ordered = sorted(members.items(), key=lambda item: (item[0] in broken, _rank(results.methods[item[1][0]])))
     found = []
     for i, (key, specs) in enumerate(ordered):
         colour = i if i < COLOURS and key not in broken else None
-        look = Look(colour, results.ours(specs[0]) and key not in broken, f"f{i}")
+        look = Look(colour, results.ours(specs[0]), f"f{i}")
         found.append(Family(_label(results, specs), look, tuple(specs)))
     return found
 

@@ -146,7 +146,7 @@ def verdict_lines(found: Sequence[Verdict], results: Results) -> list[tuple[str,
         wins: dict[str, list[Verdict]] = {}
         for verdict in mine:
             wins.setdefault(verdict.row.method, []).append(verdict)
-        parts = []
+        parts: list[str] = []
         for spec, won in sorted(wins.items(), key=lambda item: -len(item[1])):
             clear = sum(verdict.clear for verdict in won)
             best = (

@@ -73,7 +73,7 @@ def _sections(results: Results) -> list[Html]:
             [key, _grid(plots)] if plots else [],
         ),
         _section("Figures", "", [table.html() for table in shown]),
-        *_retrieval(quality.retrieval_grids(records, results)),
+        *_retrieval(quality.retrieval_grids(records, results, found)),
         _section(
             "What is kept, by layer and KV head",
             "Share of the tokens seen whose entries attention can still read; layers run across, KV heads down.",
@@ -106,8 +106,13 @@ def _speed(index: int, results: Results, found: Sequence[Any]) -> Html:
     return _section("Speed", " ".join(filter(None, said)), [part for part in parts if part])
 
 
-def _retrieval(grids: Sequence[tuple[str, list[Html]]]) -> list[Html]:
-    parts = [join(el("h3", title), el("div", *maps, class_="maps")) for title, maps in grids]
+def _retrieval(grids: Sequence[tuple[str, list[Html], list[Html]]]) -> list[Html]:
+    parts = []
+    for title, shown, others in grids:
+        parts += [el("h3", title), el("div", *shown, class_="maps")]
+        if others:
+            more = el("summary", f"{len(others)} more, other ratios and methods")
+            parts.append(el("details", more, el("div", *others, class_="maps")))
     return [_section("Retrieval by depth and length", "Percent right; length across, depth of the key down.", parts)]
 
 

@@ -13,7 +13,7 @@ from kvpleat.bench.report.charts import Axis, Line, Point, heat_map, line_chart,
 from kvpleat.bench.report.families import Family, method_looks
 from kvpleat.bench.report.html import Html
 from kvpleat.bench.report.results import Results
-from kvpleat.bench.summary import METRICS, Metric, Row, summarize
+from kvpleat.bench.summary import METRICS, Metric, Row, primary_rows, summarize
 
 TURNS = "turn"
 
@@ -120,17 +120,24 @@ def _bytes_axis(rows: Sequence[Row]) -> Axis:
     return Axis("allocated", low, high, ticks, log=True, falling=True)
 
 
-def retrieval_grids(records: Sequence[Record], results: Results) -> list[tuple[str, list[Html]]]:
-    """For each task and form with depths: a heat map of depth over length for every method."""
-    rows = summarize([r for r in records if "depth" in r.group], ("form", "length", "depth"))
+def retrieval_grids(
+    records: Sequence[Record], results: Results, found: Sequence[Family]
+) -> list[tuple[str, list[Html], list[Html]]]:
+    """For each task and form with depths: (title, heat maps of depth over length for the methods that are coloured
+    elsewhere, the same for all others)."""
+    rows = summarize([r for r in records if "depth" in r.group and "length" in r.group], ("form", "length", "depth"))
     grids: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
+    for row in primary_rows(rows):
         title = ", ".join(filter(None, (words.task_name(row.task), words.group_name(row.group[:-2]))))
         grids.setdefault(title, {}).setdefault(row.method, []).append(row)
-    return [
-        (title, [_grid(results, spec, methods[spec]) for spec in results.methods if spec in methods])
-        for title, methods in grids.items()
-    ]
+    parts = []
+    for title, methods in grids.items():
+        looks = method_looks(found, results, set(methods))
+        maps = {spec: _grid(results, spec, methods[spec]) for spec in looks}
+        shown = [spec for spec in looks if looks[spec].css != "dim"]
+        others = [maps[spec] for spec in looks if looks[spec].css == "dim"]
+        parts.append((title, [maps[spec] for spec in shown], others))
+    return parts
 
 
 def _grid(results: Results, spec: str, rows: Sequence[Row]) -> Html:

@@ -47,8 +47,12 @@ class Results:
         return bool(self.methods[spec]["storage"] == "mask only")
 
     def ours(self, spec: str) -> bool:
-        """Whether a method is kvpleat's own."""
-        return bool(self.methods[spec]["family"] == "kvpleat")
+        """Whether a method is kvpleat's own; what is broken on purpose is nobody's."""
+        return bool(self.methods[spec]["family"] == "kvpleat" and not self.broken(spec))
+
+    def broken(self, spec: str) -> bool:
+        """Whether a method is there to show what failure looks like. Its label says so."""
+        return "broken" in self.label(spec)
 
 
 def read(paths: Sequence[Path]) -> Results:

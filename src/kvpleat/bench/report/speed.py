@@ -72,12 +72,10 @@ def _rate_plot(
 ) -> Html:
     lines = []
     for spec, look in method_looks(found, results, {s.method for s in cells}).items():
-        points = [
-            Point(
-                at(s), s.tokens_per_s or 0.0, f"{results.label(spec)}: {s.tokens_per_s:.1f} tokens/s, {axis} {at(s):,}"
-            )
-            for s in sorted((s for s in cells if s.method == spec), key=at)
-        ]
+        points = []
+        for s in sorted((s for s in cells if s.method == spec), key=at):
+            tip = f"{results.label(spec)}: {s.tokens_per_s:.1f} tokens/s, {axis} {at(s):,}"
+            points.append(Point(at(s), s.tokens_per_s or 0.0, tip, hollow=results.masked(spec)))
         lines.append(Line("" if look.css == "dim" else results.label(spec), look, points))
     x = log2_axis(axis, [p.x for line in lines for p in line.points], words.tokens_name)
     y = nice_axis("tokens/s", [p.y for line in lines for p in line.points], lambda value: f"{value:g}", zero=True)
@@ -101,7 +99,7 @@ def _bar(speed: Speed, results: Results) -> Bar:
     label, ours = results.label(speed.method), results.ours(speed.method)
     if speed.step is None:
         return Bar(label, None, "refused, see the table" if speed.refused else "not measured", None, ours)
-    share = f", {speed.floor_share:.0%} of the floor's speed" if speed.floor_share is not None else ""
+    share = f", {speed.floor_share:.0%} of floor" if speed.floor_share is not None else ""
     return Bar(label, speed.step[0], f"{1000 * speed.step[0]:.1f} ms{share}", speed.floor, ours)
 
 

@@ -57,11 +57,12 @@ def value_words(row: Row) -> tuple[str, str]:
 
 
 def difference_words(row: Row) -> str:
-    """The paired difference to the reference with its interval, or nothing where there is none."""
+    """The paired difference to the reference with its interval, minus signs typeset; nothing where there is none."""
     if row.difference is None:
         return ""
     text = row.metric.difference_text
-    return f"{text(row.difference.value)} {interval_words(text, row.difference, row.certain)}".strip()
+    change = f"{text(row.difference.value)} {interval_words(text, row.difference, row.certain)}"
+    return change.replace("-", "\N{MINUS SIGN}")
 
 
 def interval_words(text: Callable[[float], str], interval: Interval, certain: bool) -> str:
