@@ -92,7 +92,10 @@ def _memory(made: dict[str, Any], tokens: int, kept: bool = False) -> dict[str, 
         draw = random.Random(made["spec"])
         share = 1 / ratio
         figures["kept"] = [
-            [round(tokens * min(1.0, share * draw.lognormvariate(-0.2, 0.7)), 1) for _ in range(HEADS)]
+            [
+                round(tokens * (min(1.0, share * draw.lognormvariate(-0.2, 0.7)) if ratio > 1 else 1.0), 1)
+                for _ in range(HEADS)
+            ]
             for _ in range(LAYERS)
         ]
     return figures

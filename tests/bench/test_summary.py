@@ -126,6 +126,13 @@ def test_verdict_goes_by_allocated_bytes_and_says_who_cannot_be_told_apart() -> 
     assert (found[5.0].rivals, found[5.0].clear) == (0, False)
 
 
+def test_equal_figures_are_level_whatever_their_order() -> None:
+    records = judged("h2o:ratio=4", [1.0, 0.0], 25) + judged(OURS, [0.0, 1.0], 25)
+    (verdict,) = verdicts(records, [4.0])
+    assert {verdict.row.method, *verdict.level} == {"h2o:ratio=4", OURS}
+    assert not verdict.clear
+
+
 def test_verdict_is_clear_where_every_pair_is() -> None:
     records = judged(OURS, [1.0] * 8, 25) + judged("window:ratio=4", [0.0] * 8, 25)
     (verdict,) = verdicts(records, [4.0])

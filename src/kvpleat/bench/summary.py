@@ -207,12 +207,14 @@ class Verdict:
     Args:
         ratio: the budget is full bytes / ratio, passed by EQUAL at most.
         row: the best method's figure.
-        tied: methods within the budget whose paired difference to the best does not exclude 0.
+        level: other methods with exactly the same figure: the first of them is in `row` by order only.
+        tied: all methods within the budget whose paired difference to the best does not exclude 0.
         rivals: how many others there are within the budget.
     """
 
     ratio: float
     row: Row
+    level: tuple[str, ...]
     tied: tuple[str, ...]
     rivals: int
 
@@ -264,4 +266,5 @@ def _verdict(ratio: float, within: list[Row], cells: dict[str, list[Record]]) ->
             change = difference(cells[row.method], cells[best.method], metric)
             if change is None or not best.certain or change.low <= 0 <= change.high:
                 tied.append(row.method)
-    return Verdict(ratio, best, tuple(tied), len(within) - 1)
+    level = [row.method for row in within if row is not best and row.value.value == best.value.value]
+    return Verdict(ratio, best, tuple(level), tuple(tied), len(within) - 1)

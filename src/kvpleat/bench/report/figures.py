@@ -1,5 +1,6 @@
 """The tables of a report: memory, every figure with interval and difference, verdicts, and weights against methods."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kvpleat.accounting import human_bytes
@@ -12,6 +13,7 @@ from kvpleat.bench.report.tables import NONE, Cell, Table
 from kvpleat.bench.summary import EQUAL, Row, Verdict, primary_rows, summarize
 
 MASK = "mask only"
+MOST_NAMES = 4  # methods that a verdict's sentence names
 READING = (
     "Under a figure: its 95% interval, and the difference to the full cache on the same items with its own 95% "
     "interval (perplexity: relative; pp: percentage points). Coloured where that interval leaves out 0."
@@ -139,20 +141,20 @@ def figure_cell(row: Row | None, more: str = "") -> Cell:
 
 
 def verdict_lines(found: Sequence[Verdict], results: Results) -> list[tuple[str, str]]:
-    """For each ratio: (its name, a sentence that says which method is best how often)."""
+    """For each ratio: (its name, a sentence that says which method is best how often). Equal figures count for each."""
     lines = []
     for ratio in dict.fromkeys(verdict.ratio for verdict in found):
         mine = [verdict for verdict in found if verdict.ratio == ratio]
-        wins: dict[str, list[Verdict]] = {}
-        for verdict in mine:
-            wins.setdefault(verdict.row.method, []).append(verdict)
+        wins = Counter(spec for verdict in mine for spec in (verdict.row.method, *verdict.level))
+        clear = Counter(verdict.row.method for verdict in mine if verdict.clear)
         parts: list[str] = []
-        for spec, won in sorted(wins.items(), key=lambda item: -len(item[1])):
-            clear = sum(verdict.clear for verdict in won)
-            best = (
-                f"{results.label(spec)} is best in {len(won)}" if not parts else f"{results.label(spec)} in {len(won)}"
+        for spec, count in wins.most_common(MOST_NAMES):
+            verb = "" if parts else "is best "
+            parts.append(
+                f"{results.label(spec)} {verb}in {count}" + (f" ({clear[spec]} clearly)" if clear[spec] else "")
             )
-            parts.append(best + (f" ({clear} clearly)" if clear else ""))
+        if len(wins) > MOST_NAMES:
+            parts.append(f"{len(wins) - MOST_NAMES} more in up to {wins.most_common()[MOST_NAMES][1]}")
         many = "measure" if len(mine) == 1 else "measures"
         lines.append((f"1/{ratio:g} of the bytes", f"of {len(mine)} {many}, {words.joined(parts)}."))
     return lines
@@ -160,7 +162,8 @@ def verdict_lines(found: Sequence[Verdict], results: Results) -> list[tuple[str,
 
 def verdict_table(found: Sequence[Verdict], results: Results) -> Table:
     """The best method by measure and ratio, and which others cannot be told from it."""
-    ratios = list(dict.fromkeys(verdict.ratio for verdict in found))
+    ratios = sorted({verdict.ratio for verdict in found})
+    found = sorted(found, key=lambda verdict: words.task_place(verdict.row.task))
     by_place = {(words.measure_name(v.row), v.ratio): v for v in found}
     table = Table(
         "Best method at equal allocated bytes", ["measure", *(f"1/{ratio:g} of the bytes" for ratio in ratios)]
@@ -171,7 +174,8 @@ def verdict_table(found: Sequence[Verdict], results: Results) -> Table:
     table.note = (
         f"Within 1/R of the full cache's bytes, really allocated, passed by {EQUAL:.0%} at most. Methods that mask "
         "only hold the full cache and are in no budget. Not told apart: the paired 95% interval of the difference to "
-        "the best holds 0. The best of many is picked by its figure, which favours it a little."
+        "the best holds 0. The best of many is picked by its figure, which favours it a little; equal figures count "
+        "for each method that has them."
     )
     return table
 
@@ -180,11 +184,13 @@ def _verdict_cell(verdict: Verdict | None, results: Results) -> Cell:
     if verdict is None:
         return Cell(NONE)
     tied = [results.label(spec) for spec in verdict.tied]
-    some = tied if len(tied) <= 3 else [*tied[:2], f"{len(tied) - 2} more"]
+    some = tied if len(tied) <= MOST_NAMES else [*tied[: MOST_NAMES - 1], f"{len(tied) - MOST_NAMES + 1} more"]
     beside = f"not told apart: {words.joined(some)}" if tied else "clearly" if verdict.rivals else "the only one"
     figure = f"{verdict.row.metric.text(verdict.row.value.value)} at {verdict.row.ratio:.2f}x"
-    ours = results.ours(verdict.row.method)
-    return Cell(results.label(verdict.row.method), (figure, beside), "best" if ours else "", "; ".join(tied))
+    best = [verdict.row.method, *verdict.level]
+    level = f" and {len(best) - 1} level with it" if len(best) > 1 else ""
+    css = "best" if any(map(results.ours, best)) else ""
+    return Cell(results.label(best[0]) + level, (figure, beside), css, "; ".join(tied))
 
 
 def weights_tables(results: Results) -> list[Table]:
@@ -204,7 +210,8 @@ def weights_tables(results: Results) -> list[Table]:
             continue
         first = next(iter(mine.values()))
         table = Table(words.measure_name(first), ["method", *results.weights])
-        ratios = {method: row.ratio for (_, method), row in mine.items()}
+        several = Counter(method for _, method in mine)
+        ratios = {method: row.ratio for (_, method), row in mine.items() if several[method] > 1}
         for spec in ordered(results, list(ratios), ratios):
             cells = [_weights_cell(mine.get((weights, spec)), sizes[weights]) for weights in results.weights]
             table.rows.append((*_name(results, spec), cells))

@@ -34,9 +34,8 @@ def against_memory(records: Sequence[Record], results: Results, found: Sequence[
 
 def _measures(rows: Sequence[Row]) -> dict[tuple[str, tuple[tuple[str, object], ...]], list[str]]:
     """(task, group) -> names of its metrics; the tasks in the order of words.TASKS."""
-    order = list(words.TASKS)
     measures: dict[tuple[str, tuple[tuple[str, object], ...]], list[str]] = {}
-    for row in sorted(rows, key=lambda row: order.index(row.task) if row.task in order else len(order)):
+    for row in sorted(rows, key=lambda row: words.task_place(row.task)):
         names = measures.setdefault((row.task, row.group), [])
         if row.metric.name not in names:
             names.append(row.metric.name)

@@ -41,6 +41,11 @@ def task_name(task: str) -> str:
     return TASKS.get(task, task)
 
 
+def task_place(task: str) -> int:
+    """Where a task stands among all; unknown ones come last."""
+    return list(TASKS).index(task) if task in TASKS else len(TASKS)
+
+
 def group_name(group: Group) -> str:
     """The keys of a group for people: "asked after compressing", "length 4096"."""
     return ", ".join(FORMS.get(str(value), str(value)) if key == "form" else f"{key} {value}" for key, value in group)
