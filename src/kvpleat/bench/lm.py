@@ -41,7 +41,8 @@ def run_lm_eval(
     Returns:
         "results", "versions", "n-shot" and "n-samples" as lm-eval returns them, JSON-ready; and "samples": for each
         task a list of {"doc": index, "hash": of the item, "filter": name, "scores": {metric: value}}. Pair methods by
-        "doc" and "filter", and check that "hash" is the same.
+        "doc" and "filter", and check that "hash" is the same. RULER's scores are named by length, and are -1 under the
+        lengths that an item does not have.
 
     Raises:
         OptionError: lm-eval is missing, or a task is unknown, has no data here, or asks for what is not served.
