@@ -161,8 +161,8 @@ class PackedLinear(nn.Module):
     """A linear layer whose weights are held in 4 bits, two to a byte.
 
     torchao's own 4-bit tensors take a byte a weight where they run on every CPU (IntxUnpackedToInt8Tensor), and its
-    packed one (prototype Int4OpaqueTensor) takes some 150 times as long as float32 weights for 16 rows of float32 on a
-    CPU with AVX2.
+    packed one (prototype Int4OpaqueTensor) took 40 to 150 times as long as float32 weights for 16 and 64 rows of
+    float32 on a CPU with AVX2 (one timing each, on a busy machine).
 
     Args:
         layer: whose weight torchao quantised: qdata [out, in] in -8..7, scale and zero_point [out, in / group].
