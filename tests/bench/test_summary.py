@@ -182,9 +182,12 @@ def test_a_refused_speed_has_no_times() -> None:
         "tokens_per_s": 9.0,
     }
     content |= {"step_s": [[1.0, 2.0], [3.0, 10.0]], "refused": None, "peak_bytes": 7}
+    content["speedup"] = {"median": 1.5, "min": 1.4, "max": 1.6}
     (fine,) = speeds([content])
     assert (fine.ttft, fine.step, fine.tokens_per_s) == ((2.0, 1.0, 3.0), (2.5, 1.0, 10.0), 9.0)
+    assert fine.speedup == (1.5, 1.4, 1.6)
     (refused,) = speeds([content | {"refused": "wrong logits"}])
+    assert refused.speedup is None
     assert (refused.ttft, refused.step, refused.tokens_per_s, refused.peak_bytes) == (None, None, None, 7)
     with pytest.raises(OptionError, match="no 'batch'"):
         speeds([{"method": OURS}])

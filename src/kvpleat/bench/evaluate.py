@@ -7,9 +7,10 @@ is paired. Records go to FILE.part line by line; the same command goes on from t
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from rich.progress import Progress
@@ -44,8 +45,18 @@ class Evaluation:
     shard: tuple[int, int] = (0, 1)
     records: dict[tuple[str, str, str], Record] = field(default_factory=dict)
 
-    def run(self, models: dict[str, LoadedModel], progress: Progress) -> list[Record]:
-        """Judge; `models` holds the model under each name of its weights ("full" alone, or several for a matrix).
+    def run(
+        self,
+        models: dict[str, LoadedModel],
+        progress: Progress,
+        also: Mapping[str, Callable[[], list[Record]]] = MappingProxyType({}),
+    ) -> list[Record]:
+        """Judge.
+
+        Args:
+            models: the model under each name of its weights ("full" alone, or several for a matrix).
+            progress: where bars go.
+            also: further measurements by name, each done once (tasks of other harnesses).
 
         Raises:
             JudgeError: kvpleat's `full` does not equal the reference.
@@ -65,6 +76,10 @@ class Evaluation:
                             trial = Trial(loaded, method, self.methods[0], shared)
                             self._note(self._measure(task, item, trial, weights), out, mark)
                         progress.advance(bar)
+            for mark, measure in also.items():
+                if mark not in done:
+                    progress.update(bar, description=mark)
+                    self._note(measure(), out, mark)
         records = list(self.records.values())
         check_identical(records, self.header.model["dtype"])
         return records

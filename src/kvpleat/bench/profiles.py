@@ -112,7 +112,8 @@ class Speed:
         itl: {"p50", "p90", "p99"} of the times between tokens.
         tokens_per_s: of all rows together.
         floor: the least a step can take: bytes that must be read over the measured bandwidth.
-        floor_share: floor / measured.
+        floor_share: floor / tpot.
+        speedup: (median, least, greatest) over repeats of the reference's tpot over this one's, taken in turns.
         refused: why no speed is given, or None.
     """
 
@@ -127,6 +128,7 @@ class Speed:
     tokens_per_s: float | None
     floor: float | None
     floor_share: float | None
+    speedup: tuple[float, float, float] | None
     peak_bytes: float | None
     allocated_bytes: float | None
     trace: list[tuple[float, float]]
@@ -162,6 +164,7 @@ def _speed(record: dict[str, Any]) -> Speed:
         tokens_per_s=timed("tokens_per_s"),
         floor=record.get("floor_step_s"),
         floor_share=timed("floor_share"),
+        speedup=(gain["median"], gain["min"], gain["max"]) if (gain := timed("speedup")) else None,
         peak_bytes=record.get("peak_bytes"),
         allocated_bytes=(record.get("memory") or {}).get("allocated_bytes"),
         trace=[(tokens, count) for tokens, count in record.get("trace") or []],

@@ -89,6 +89,7 @@ def measure(
         ids: [R, context] the prompt, and the tokens that are fed after it.
         bandwidth: bytes per second, as `copy_bandwidth` measured them.
     """
+    torch.cuda.empty_cache()  # what was measured before leaves room for other processes; nothing where there is no GPU
     ids = ids.to(loaded.model.device)
     decoded = pace.warmup + pace.steps
     prompt, rest = ids[:, :-decoded], ids[:, -decoded:]

@@ -1,5 +1,7 @@
 """`kvpleat eval`: the quality of any policy or cache beside the full one, on the same items."""
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +12,14 @@ from rich.table import Table
 
 from kvpleat.bench import corpus, methods, summary, tasks
 from kvpleat.bench.evaluate import Evaluation, with_reference
+from kvpleat.bench.lm import run_lm_eval
 from kvpleat.bench.methods.peers import worker_versions
 from kvpleat.bench.records import Record, describe_run
+from kvpleat.bench.weights import transform, weight_bytes
 from kvpleat.cli import options
 from kvpleat.cli.command import command
 from kvpleat.errors import OptionError
+from kvpleat.hf.models import LoadedModel
 
 POLICIES = "full,window:ratio=4,attention:ratio=4,random:ratio=4"
 QUICK = ("continuation,passkey,qa", "1024", 2, 2)  # tasks, lengths, count, depths: three minutes on two cores
@@ -87,21 +92,43 @@ def eval_(
         "forms": list(source.forms),
         "sources": sources,
         "data": {"data": source.data.name, "qa": source.qa.name, "multiturn": source.multiturn.name},
-        "weights": weights.split(","),
+        "weights": list(dict.fromkeys(weights.split(","))),
+        "lm_eval": lm_eval,
         "seed": seed,
         "shard": shard,
     }
     result = describe_run("eval", loaded, settings, [method.to_dict() for method in judged])
+    models = {name: transform(loaded, name) for name in settings["weights"]}
+    result.model["weights_bytes"] = {name: weight_bytes(one.model) for name, one in models.items()}
+    names = lm_eval.split(",") if lm_eval else []
+    also = {f"lm-eval {m.spec}": partial(_lm_eval, models, m, names, lm_eval_path, source) for m in judged if names}
     part = out.with_name(out.name + ".part") if out else None
     evaluation = Evaluation(result, judged, chosen, source, part, _shard(shard))
     with _progress() as progress:
-        result.records = evaluation.run({"full": loaded}, progress)
+        result.records = evaluation.run(models, progress, also)
     result.environment["versions"] |= {f"{k} (peers)": v for k, v in worker_versions().items()}
     if out is not None:
         result.write(out)
         assert part is not None
         part.unlink(missing_ok=True)
     _print(result.records, judged)
+
+
+def _lm_eval(
+    models: dict[str, LoadedModel], method: methods.Method, names: list[str], path: Path | None, source: tasks.Source
+) -> list[Record]:
+    """lm-eval's own tasks on one method, as records: its metrics are kept under their names."""
+    records = []
+    for weights, loaded in models.items():
+        done = run_lm_eval(
+            loaded, method, names, source.count, include_path=path, seed=source.seed, lengths=source.lengths
+        )
+        for name, samples in done["samples"].items():
+            for sample in samples:
+                scores = {k: float(v) for k, v in sample["scores"].items() if isinstance(v, int | float) and v >= 0}
+                item = f"lm-eval/{name}/{sample['filter']}/{sample['doc']}/{str(sample['hash'])[:12]}"
+                records.append(Record(f"lm-eval {name}", item, {}, method.spec, scores, {}, weights))
+    return records
 
 
 def _progress() -> Progress:
@@ -113,8 +140,8 @@ def _progress() -> Progress:
 def _print_names() -> None:
     out = Console(highlight=False, soft_wrap=True)
     out.print("[bold]policies and caches[/]")
-    for name, summary in methods.known().items():
-        out.print(f"  {name:<14}{summary}")
+    for name, text in methods.known().items():
+        out.print(f"  {name:<14}{text}")
     out.print("[bold]tasks[/]")
     for one in tasks.registry().values():
         out.print(f"  {one.name:<14}{one.summary}")
@@ -150,7 +177,13 @@ def _print(records: list[Record], judged: list[methods.Method]) -> None:
 def _cells(row: summary.Row, labels: dict[str, str]) -> list[str]:
     value, change = row.metric.text, row.metric.difference_text
     interval = f"{value(row.value.low)} to {value(row.value.high)}" if row.certain else ""
-    cells = [labels[row.method], f"1/{row.ratio:.2f}", row.metric.label, value(row.value.value), interval]
+    cells = [
+        labels[row.method],
+        "" if math.isinf(row.ratio) else f"1/{row.ratio:.2f}",
+        row.metric.label,
+        value(row.value.value),
+        interval,
+    ]
     if row.difference is None:
         return [*cells, "", "", str(row.items)]
     spread = f"{change(row.difference.low)} to {change(row.difference.high)}" if row.certain else ""

@@ -79,7 +79,7 @@ class Session(ABC):
 
     def trim(self) -> None:
         """Give memory that is held and not needed back to the system, where the method can be asked to."""
-        return None
+        return
 
     @abstractmethod
     def close(self) -> None:

@@ -76,7 +76,7 @@ class Peer(Method):
         if name == "kvzap" and "model" not in options:
             raise OptionError(
                 "kvzap needs a trained guesser for this very model, and none comes with kvpress. Pass its folder: "
-                "kvzap:ratio=4,model=FOLDER (`python -m kvpleat.bench.kvzap` fits one)."
+                "kvzap:ratio=4,model=FOLDER."
             )
         press = PRESSES[name]
         self.name, self.spec, self.ratio, self.removed = name, spec, ratio, 1 - 1 / ratio

@@ -186,8 +186,9 @@ def _verdict_cell(verdict: Verdict | None, results: Results) -> Cell:
     tied = [results.label(spec) for spec in verdict.tied]
     some = tied if len(tied) <= MOST_NAMES else [*tied[: MOST_NAMES - 1], f"{len(tied) - MOST_NAMES + 1} more"]
     beside = f"not told apart: {words.joined(some)}" if tied else "clearly" if verdict.rivals else "the only one"
-    figure = f"{verdict.row.metric.text(verdict.row.value.value)} at {verdict.row.ratio:.2f}x"
-    best = [verdict.row.method, *verdict.level]
+    figure = verdict.row.metric.text(verdict.row.value.value)
+    figure += "" if verdict.level else f" at {verdict.row.ratio:.2f}x"
+    best = sorted([verdict.row.method, *verdict.level], key=lambda spec: not results.ours(spec))
     level = f" and {len(best) - 1} level with it" if len(best) > 1 else ""
     css = "best" if any(map(results.ours, best)) else ""
     return Cell(results.label(best[0]) + level, (figure, beside), css, "; ".join(tied))
@@ -199,10 +200,9 @@ def weights_tables(results: Results) -> list[Table]:
         return []
     against = results.weights[0]
     rows = primary_rows(summarize(results.records, reference_weights=against))
-    held = {(row.weights, row.method): row.process.get("weights_bytes") for row in memory_rows(results.records)}
-    sizes = {
-        weights: next((x for (w, _), x in held.items() if w == weights and x), None) for weights in results.weights
-    }
+    sizes: dict[str, float] = {}
+    for file in results.files:
+        sizes |= file.model.get("weights_bytes", {})
     tables = []
     for task, group in dict.fromkeys((row.task, row.group) for row in rows):
         mine = {(row.weights, row.method): row for row in rows if (row.task, row.group) == (task, group)}
@@ -213,7 +213,7 @@ def weights_tables(results: Results) -> list[Table]:
         several = Counter(method for _, method in mine)
         ratios = {method: row.ratio for (_, method), row in mine.items() if several[method] > 1}
         for spec in ordered(results, list(ratios), ratios):
-            cells = [_weights_cell(mine.get((weights, spec)), sizes[weights]) for weights in results.weights]
+            cells = [_weights_cell(mine.get((weights, spec)), sizes.get(weights)) for weights in results.weights]
             table.rows.append((*_name(results, spec), cells))
         tables.append(table)
     if tables:

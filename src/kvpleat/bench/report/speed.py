@@ -90,7 +90,7 @@ def step_bars(bench: ResultFile, results: Results) -> list[Html]:
         context = max(s.context for s in cells if s.batch == batch)
         mine = {s.method: s for s in cells if (s.batch, s.context) == (batch, context)}
         bars = [_bar(mine[spec], results) for spec in _order(results, list(mine.values()))]
-        note = "median step in ms; the tick is the floor: bytes to be read over the measured bandwidth"
+        note = "median step in ms; the tick is the floor, bytes to be read over the bandwidth; its share is of TPOT"
         charts.append(bar_chart(f"Decode step, {_cell_name(batch, context)}", bars, note))
     return charts
 
@@ -106,7 +106,17 @@ def _bar(speed: Speed, results: Results) -> Bar:
 def speed_table(bench: ResultFile, results: Results) -> Table:
     """Every method, batch and context: times by vLLM's definitions, memory, and what was refused and why."""
     cells = speeds(bench.records)
-    heads = ["method", "batch", "context", "tokens/s", "TTFT ms", "TPOT ms", "ITL p50 / p90 / p99 ms", "step ms"]
+    heads = [
+        "method",
+        "batch",
+        "context",
+        "tokens/s",
+        "speed-up",
+        "TTFT ms",
+        "TPOT ms",
+        "ITL p50 / p90 / p99 ms",
+        "step ms",
+    ]
     table = Table("Speed", [*heads, "floor ms", "of floor", "allocated", "peak"])
     for batch, context in sorted({(s.batch, s.context) for s in cells}):
         mine = {s.method: s for s in cells if (s.batch, s.context) == (batch, context)}
@@ -114,8 +124,9 @@ def speed_table(bench: ResultFile, results: Results) -> Table:
             mark = MASK if results.masked(spec) else ""
             table.rows.append((results.label(spec), mark, results.ours(spec), _speed_cells(mine[spec])))
     table.note = (
-        "TTFT: start of the prompt to the first token's logits. TPOT: (end - first token) / (tokens - 1). ITL: time "
-        "between tokens. Medians, with the least and the greatest below; moments of compression are included."
+        "Tokens/s: rows over TPOT. Speed-up: the full cache's TPOT over this one's, steps taken in turns. TTFT: start "
+        "of the prompt to the first token's logits. TPOT: (end - first token) / (tokens - 1). ITL: time between tokens. "
+        "Medians, with the least and the greatest below; moments of compression are included. Of floor: floor / TPOT."
     )
     return table
 
@@ -128,6 +139,7 @@ def _speed_cells(speed: Speed) -> list[Cell]:
     return [
         *start,
         Cell(NONE if speed.tokens_per_s is None else f"{speed.tokens_per_s:.1f}"),
+        _speedup_cell(speed.speedup),
         _spread_cell(speed.ttft),
         Cell(_ms(speed.tpot)),
         Cell(itl),
@@ -143,6 +155,12 @@ def _spread_cell(times: tuple[float, float, float] | None) -> Cell:
     if times is None:
         return Cell(NONE)
     return Cell(_ms(times[0]), [f"{_ms(times[1])} to {_ms(times[2])}"])
+
+
+def _speedup_cell(gain: tuple[float, float, float] | None) -> Cell:
+    if gain is None:
+        return Cell(NONE)
+    return Cell(f"{gain[0]:.2f}x", [f"{gain[1]:.2f} to {gain[2]:.2f}"])
 
 
 def _ms(seconds: float | None) -> str:

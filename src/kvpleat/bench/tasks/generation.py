@@ -19,8 +19,8 @@ class Generation(Task):
     """A text of 512 tokens after a prompt, sampled at temperature 1 from the likeliest 95%.
 
     Every method draws with the same numbers, so that texts part only where distributions do. Reported: the perplexity
-    of the text under the uncompressed model (a text that this model finds unlikely is a bad one), repetition, variety, and
-    KL(full || method) along the method's own text.
+    of the text under the uncompressed model (a text that this model finds unlikely is a bad one), repetition, variety,
+    and KL(full || method) along the method's own text.
     """
 
     name: ClassVar[str] = "generation"
