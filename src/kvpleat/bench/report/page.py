@@ -135,6 +135,7 @@ def _if(part: Html) -> list[Html]:
 
 def _header(results: Results, title: str) -> Html:
     model, records = results.model, results.main_records
+    items = len({record.item for record in records})
     first = results.files[0]
     size = f", {model['parameters'] / 1e6:,.0f} M parameters" if model.get("parameters") else ""
     shape = f"{model['layers']} layers of {model['kv_heads']} KV heads" if model.get("layers") else ""
@@ -142,7 +143,7 @@ def _header(results: Results, title: str) -> Html:
         "model": f"{model['name']} ({model['dtype']}){size}" + (f", {shape}" if shape else ""),
         "machine": _once(file.environment.get("machine") for file in results.files),
         "measured": _once(file.created for file in results.files),
-        "methods": f"{len(results.methods)}, on {len({record.item for record in records}):,} items",
+        "methods": str(len(results.methods)) + (f", on {items:,} items" if items else ""),
         "kvpleat": first.environment.get("versions", {}).get("kvpleat", ""),
         "command": first.command
         + (f" (and {len(results.files) - 1} more, see the end)" if len(results.files) > 1 else ""),

@@ -125,8 +125,9 @@ def speed_table(bench: ResultFile, results: Results) -> Table:
             table.rows.append((results.label(spec), mark, results.ours(spec), _speed_cells(mine[spec])))
     table.note = (
         "Tokens/s: rows over TPOT. Speed-up: the full cache's TPOT over this one's, steps taken in turns. TTFT: start "
-        "of the prompt to the first token's logits. TPOT: (end - first token) / (tokens - 1). ITL: time between tokens. "
-        "Medians, with the least and the greatest below; moments of compression are included. Of floor: floor / TPOT."
+        "of the prompt to the first token's logits. TPOT: (end - first token) / (tokens - 1). ITL: time between "
+        "tokens. Medians, with the least and the greatest below; moments of compression are included. Of floor: floor "
+        "over TPOT."
     )
     return table
 
