@@ -118,6 +118,7 @@ def eval_file(
     """An evaluation of all tasks."""
     listed = methods() if listed is None else listed
     records = []
+    sizes = {kind: 5.4e8 if kind == "full" else 2.2e8 for kind in weights}
     for kind in weights:
         for made in listed:
             harm = _harm(made) + (0.0 if kind == "full" else 0.02)
@@ -126,9 +127,9 @@ def eval_file(
             size = _memory(made, 4096)
             process = {"process_bytes": 1.02 * size["allocated_bytes"], "peak_bytes": 1.6 * size["full_bytes"]}
             process |= {"claimed_bytes": size["claimed_bytes"], "full_bytes": size["full_bytes"]}
-            process["weights_bytes"] = 5.4e8 if kind == "full" else 2.2e8
+            process["weights_bytes"] = sizes[kind]
             records.append(_record(made, kind, "memory", "memory/4096", {"length": 4096}, process))
-    return file("eval", records, listed)
+    return file("eval", records, listed, model=model(weights_bytes=sizes))
 
 
 def _texts(made: dict[str, Any], weights: str, harm: float, items: int) -> list[Record]:
