@@ -15,7 +15,9 @@ def logits(*probabilities: float) -> torch.Tensor:
 
 def test_losses_and_perplexity() -> None:
     """Probabilities 1/2 and 1/8 of the targets: 4 bits in two tokens, so perplexity 4."""
-    losses = metrics.token_losses(torch.stack([logits(0.5, 0.25, 0.25), logits(0.125, 0.375, 0.5)]), torch.tensor([0, 0]))
+    losses = metrics.token_losses(
+        torch.stack([logits(0.5, 0.25, 0.25), logits(0.125, 0.375, 0.5)]), torch.tensor([0, 0])
+    )
     assert losses.tolist() == pytest.approx([math.log(2), math.log(8)])
     assert metrics.perplexity(float(losses.sum()), 2) == pytest.approx(4.0)
 
@@ -61,7 +63,15 @@ def test_f1_and_exact(answer: str, references: list[str], f1: float, exact: floa
 
 @pytest.mark.parametrize(
     ("answer", "correct"),
-    [(" 12345.", 1.0), ("12345", 1.0), ("\n12345 is", 1.0), ("123456", 0.0), ("1234", 0.0), ("is 12345", 0.0), ("", 0.0)],
+    [
+        (" 12345.", 1.0),
+        ("12345", 1.0),
+        ("\n12345 is", 1.0),
+        ("123456", 0.0),
+        ("1234", 0.0),
+        ("is 12345", 0.0),
+        ("", 0.0),
+    ],
 )
 def test_starts_with(answer: str, correct: float) -> None:
     """The key itself, and neither a longer nor a later number."""

@@ -249,7 +249,7 @@ def test_sampling_by_hand() -> None:
     """Probabilities .5 .3 .16 .04: the last is outside the likeliest 95%, the rest share the draw in order."""
     logits = torch.tensor([0.3, 0.5, 0.04, 0.16]).log()
     kept = 0.96
-    assert TOP_P < kept
+    assert kept > TOP_P
     for draw, token in ((0.0, 1), (0.49 / kept, 1), (0.51 / kept, 0), (0.79 / kept, 0), (0.81 / kept, 3), (0.999, 3)):
         assert sample(logits, draw) == token
     counts = Counter(sample(logits, (i + 0.5) / 960) for i in range(960))

@@ -30,7 +30,7 @@ from kvpleat.errors import JudgeError, KvpleatError
 from kvpleat.hf.models import load
 
 CHUNK = 512  # tokens of the prompt fed at a time, by the methods that can
-WARM = 64  # tokens of a first prompt, for what libraries allocate once
+WARM = 256  # tokens of a first prompt, for what libraries allocate once; more than the window of any press
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # of glibc; bytes
 
 
@@ -104,19 +104,19 @@ def _measure(request: dict[str, Any]) -> dict[str, int]:
     loaded = load(request["model"], dtype=request["dtype"], device=request["device"], progress=False)
     method, ids = parse(request["spec"]), torch.tensor(request["ids"], device=loaded.model.device)
     with method.open(loaded) as session:
-        session.prefill(ids[:, :WARM])
+        session.prefill(ids[:, : max(WARM, request["chunk"] or 0)])
     with method.open(loaded) as session:
         session.chunk = request["chunk"]
-        before = _bytes(session, loaded.model.device, reset_peak=True)["bytes"]
+        before = _bytes(session, loaded.model.device, reset_peak=True)
         session.prefill(ids)
         after = _bytes(session, loaded.model.device)
         session.trim()
         trimmed = _bytes(session, loaded.model.device)["bytes"]
         memory = session.memory()
     return {
-        "process_bytes": int(after["bytes"] - before),
-        "trimmed_bytes": int(trimmed - before),
-        "peak_bytes": int(after["peak_bytes"] - before),
+        "process_bytes": int(after["bytes"] - before["bytes"]),
+        "trimmed_bytes": int(trimmed - before["bytes"]),
+        "peak_bytes": int(after["peak_bytes"] - before["peak_bytes"]),
         "claimed_bytes": memory.claimed_bytes,
         "allocated_bytes": memory.allocated_bytes,
         "full_bytes": memory.full_bytes,

@@ -22,6 +22,7 @@ from kvpleat.errors import OptionError
 from kvpleat.hf.models import LoadedModel
 
 POLICIES = "full,window:ratio=4,attention:ratio=4,random:ratio=4"
+WIDTH = 150  # of the tables; narrower ones lose their figures
 QUICK = ("continuation,passkey,qa", "1024", 2, 1)  # tasks, lengths, count, depths: three minutes on two cores
 
 
@@ -150,7 +151,7 @@ def _print_names() -> None:
 def _print(records: list[Record], judged: list[methods.Method]) -> None:
     """Every figure: a block for each task and form, a line for each method."""
     labels = {method.spec: method.label for method in judged}
-    out = Console(highlight=False)
+    out = Console(highlight=False, width=WIDTH)
     blocks: dict[tuple[str, summary.Group, str], list[summary.Row]] = {}
     for row in summary.summarize(records):
         blocks.setdefault((row.task, row.group, row.weights), []).append(row)

@@ -6,6 +6,7 @@ over storages) depends on torch alone and is imported past the package's __init_
 
 import contextlib
 import copy
+import ctypes
 import json
 import os
 import sys
@@ -191,6 +192,9 @@ def make_press(request: dict[str, Any], model: Any) -> Any:
 def process_bytes(device: torch.device, reset_peak: bool = False) -> dict[str, float]:
     """Memory of this process now and at its peak: torch's allocator on a GPU, resident pages on a CPU (Linux).
 
+    Now counts anonymous pages only: those of files (libraries) come and go with what else the machine does. Of the peak
+    Linux knows all pages together.
+
     Args:
         device: what memory is asked for.
         reset_peak: the peak counts from now on.
@@ -199,10 +203,12 @@ def process_bytes(device: torch.device, reset_peak: bool = False) -> dict[str, f
         if reset_peak:
             torch.cuda.reset_peak_memory_stats(device)
         return {"bytes": torch.cuda.memory_allocated(device), "peak_bytes": torch.cuda.max_memory_allocated(device)}
+    with contextlib.suppress(AttributeError):  # a C library that is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
     if reset_peak:
         Path("/proc/self/clear_refs").write_text("5")
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"bytes": 1024 * int(status["VmRSS"].split()[0]), "peak_bytes": 1024 * int(status["VmHWM"].split()[0])}
+    return {"bytes": 1024 * int(status["RssAnon"].split()[0]), "peak_bytes": 1024 * int(status["VmHWM"].split()[0])}
 
 
 def main() -> None:

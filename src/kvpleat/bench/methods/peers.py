@@ -6,6 +6,7 @@ tokens and gets logits back, over pipes.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -153,7 +154,7 @@ class Worker:
             sender.write(json.dumps(request).encode() + b"\n")
             sender.flush()
             line = receiver.readline()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # the process ended, or was ended here
             line = b""
         if not line:
             raise PeerError(
@@ -167,9 +168,12 @@ class Worker:
 
     def end(self) -> None:
         """End the process."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait()
+        self._process.terminate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def _read_tensor(stream: Any, shape: list[int]) -> Tensor:
