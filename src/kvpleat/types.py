@@ -86,7 +86,7 @@ class KVShape:
     def arrays(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """What a page stores of each entry: the shape and dtype of "key", "value", and of the side arrays.
 
-        With `bits`, key and value are codes, and each has a scale and a zero: see `kernels.reference.quantize`.
+        With `bits`, key and value are codes, and each has its steps: see `kernels.reference.quantize`.
         """
         stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for i, name in enumerate(("key", "value")):
@@ -94,7 +94,7 @@ class KVShape:
                 stored[name] = (self.head_dim,), self.dtype
             else:
                 stored[name] = (self.head_dim * ENTRY_BITS[self.bits][i] // 8,), torch.uint8
-                stored |= {f"{name}_{part}": ((), SCALE_DTYPE) for part in ("scale", "zero")}
+                stored[f"{name}_steps"] = (2,), SCALE_DTYPE
         return stored | {name: ((), ENTRY_FIELDS[name]) for name in self.fields}
 
     @property

@@ -33,11 +33,13 @@ def encode(keys: Tensor, values: Tensor, shape: KVShape) -> Content:
     """What a page stores of keys and values [..., D]."""
     if shape.bits is None:
         return {"key": keys, "value": values}
-    content: Content = {}
-    for name, x, bits in zip(("key", "value"), (keys, values), ENTRY_BITS[shape.bits], strict=True):
-        codes = reference.quantize(x, bits)
-        content |= {name: codes.codes, f"{name}_scale": codes.scale, f"{name}_zero": codes.zero}
-    return content
+    key_bits, value_bits = ENTRY_BITS[shape.bits]
+    if key_bits == value_bits:  # in one go: while decoding, the number of operations is what it costs
+        both = reference.quantize(torch.stack([keys, values]), key_bits)
+        key, value = (Quantised(both.codes[i], both.steps[i]) for i in range(2))
+    else:
+        key, value = reference.quantize(keys, key_bits), reference.quantize(values, value_bits)
+    return {"key": key.codes, "key_steps": key.steps, "value": value.codes, "value_steps": value.steps}
 
 
 def decode(content: Content, shape: KVShape) -> tuple[Tensor, Tensor]:
@@ -51,8 +53,8 @@ def decode(content: Content, shape: KVShape) -> tuple[Tensor, Tensor]:
 
 
 def coded(content: Content, name: str) -> Quantised:
-    """The codes of "key" or "value" with their scale and zero."""
-    return Quantised(content[name], content[f"{name}_scale"], content[f"{name}_zero"])
+    """The codes of "key" or "value" with their steps."""
+    return Quantised(content[name], content[f"{name}_steps"])
 
 
 def masked(content: Content, keep: Tensor) -> Content:

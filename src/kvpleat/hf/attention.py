@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpleat.cache.paged import PagedKVCache
-from kvpleat.cache.pieces import stream_pieces
+from kvpleat.cache.pieces import readable, stream_pieces
 from kvpleat.errors import AttachError, UnsupportedError
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.families import sliding_attention
@@ -123,13 +123,17 @@ def _decode_step(
     kv.append_rows(layer, list(range(kv.num_rows)), key, value, positions)
     coded = kv.shape.bits is not None
     asked = reference.spread(query) if coded else query  # what is mixed like the stored keys gives the same products
+    scratch = cpu.scratch_for(asked) if coded else None
+    arrays = readable(kv)
     out = torch.empty_like(asked)
     grouped_q = asked.view(kv.num_rows, kv.shape.num_kv_heads, kv.shape.group_size, -1)
     grouped_out = out.view(grouped_q.shape)
     for row, lengths in enumerate(kv.lengths[:, layer].tolist()):
         for head, length in enumerate(lengths):
-            keys, values, bias = stream_pieces(kv, layer, row, head, length)
-            grouped_out[row, head] = cpu.attend_stream(grouped_q[row, head], keys, values, bias, scale, softcap)
+            keys, values, bias = stream_pieces(arrays, kv.pieces(layer, row, head), length)
+            grouped_out[row, head] = cpu.attend_stream(
+                grouped_q[row, head], keys, values, bias, scale, softcap, scratch
+            )
         kv.observed.observe(layer, row, query[row], cache.positions[row])
         if kv.observed.window and call.phase is Phase.PREFILL:
             kv.observed.sample(layer, row, query[row], cache.positions[row], cache.last_moments[row])

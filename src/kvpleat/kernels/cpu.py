@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpleat.kernels.reference import Quantised
 
-CODE_BLOCK = 2048  # entries whose codes are numbers at the same time
+CODE_BLOCK = 2048  # entries whose codes are numbers at the same time: half a megabyte of 64 channels
 
 
 def attend_stream(
@@ -25,6 +25,7 @@ def attend_stream(
     bias: list[Tensor] | None,
     scale: float,
     softcap: float | None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """One token's queries over one stream.
 
@@ -34,11 +35,14 @@ def attend_stream(
         keys, values: [n_i, D] pieces of the stream, in any order: numbers or codes.
         bias: [n_i] float32 log-weights of each piece, or None.
         scale, softcap: as in `reference.attend`.
+        scratch: of `scratch_for`, where keys and values are codes; its content means nothing.
 
     Returns:
         [G, D] in q's dtype; where values are codes, mixed like them.
     """
-    logits = _logits(q, keys[0]) if len(keys) == 1 else torch.cat([_logits(q, k) for k in keys], dim=1)
+    logits = (
+        _logits(q, keys[0], scratch) if len(keys) == 1 else torch.cat([_logits(q, k, scratch) for k in keys], dim=1)
+    )
     logits = logits.float().mul_(scale)
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
@@ -50,43 +54,59 @@ def attend_stream(
     out = torch.zeros_like(q)
     start = 0
     for piece in values:
-        length = piece.shape[0] if isinstance(piece, Tensor) else piece.scale.shape[0]
-        _add_values(out, weights[:, start : start + length], piece)
+        length = piece.shape[0] if isinstance(piece, Tensor) else piece.codes.shape[0]
+        _add_values(out, weights[:, start : start + length], piece, scratch)
         start += length
     return out
 
 
-def _logits(q: Tensor, keys: Tensor | Quantised) -> Tensor:
+def scratch_for(q: Tensor) -> Tensor:
+    """Room for the numbers of one block of codes, for queries [..., D]: [CODE_BLOCK * D] of their dtype.
+
+    Memory that is new to the process costs more than all that is computed in it, so that streams share it.
+    """
+    return q.new_empty(CODE_BLOCK * q.shape[-1])
+
+
+def _logits(q: Tensor, keys: Tensor | Quantised, scratch: Tensor | None) -> Tensor:
     """q.k: [G, D] and [n, D] -> [G, n]."""
     if isinstance(keys, Tensor):
         return torch.mm(q, keys.t())
-    products = q.new_empty(q.shape[0], keys.scale.shape[0])
-    for block, parts in _numbers(keys.codes, q):
-        width = q.shape[1] // len(parts)
-        torch.mm(q[:, :width], parts[0].t(), out=products[:, block])
-        for i, part in enumerate(parts[1:], start=1):
-            products[:, block].addmm_(q[:, i * width : (i + 1) * width], part.t())
-    return products.mul_(keys.scale.to(q.dtype)).addr_(q.sum(dim=1), keys.zero.to(q.dtype))
+    products = q.new_empty(q.shape[0], keys.codes.shape[0])
+    for entries, parts in _numbers(keys.codes, q.shape[1], scratch):
+        (first, part), *others = parts
+        torch.mm(q[:, first], part.t(), out=products[:, entries])
+        for channels, part in others:
+            products[:, entries].addmm_(q[:, channels], part.t())
+    step, zero = keys.steps.to(q.dtype).unbind(1)
+    return products.mul_(step).addr_(q.sum(dim=1), zero)
 
 
-def _add_values(out: Tensor, weights: Tensor, values: Tensor | Quantised) -> None:
+def _add_values(out: Tensor, weights: Tensor, values: Tensor | Quantised, scratch: Tensor | None) -> None:
     """Add the weighted values to out [G, D]: weights [G, n], values [n, D]."""
     if isinstance(values, Tensor):
         out.addmm_(weights, values)
         return
-    scaled = weights * values.scale.to(out.dtype)
-    for block, parts in _numbers(values.codes, out):
-        width = out.shape[1] // len(parts)
-        for i, part in enumerate(parts):
-            out[:, i * width : (i + 1) * width].addmm_(scaled[:, block], part)
-    out += torch.mv(weights, values.zero.to(out.dtype))[:, None]
+    step, zero = values.steps.to(out.dtype).unbind(1)
+    scaled = weights * step
+    for entries, parts in _numbers(values.codes, out.shape[1], scratch):
+        for channels, part in parts:
+            out[:, channels].addmm_(scaled[:, entries], part)
+    out += torch.mv(weights, zero)[:, None]
 
 
-def _numbers(codes: Tensor, like: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Codes [n, D * bits / 8] as numbers of the dtype of `like` [G, D], in blocks of entries: [b, D], or two halves of
-    the channels [b, D / 2]."""
+def _numbers(
+    codes: Tensor, head_dim: int, scratch: Tensor | None
+) -> Iterator[tuple[slice, list[tuple[slice, Tensor]]]]:
+    """Codes [n, D * bits / 8] as numbers in `scratch`, a block of entries at a time: which entries, and for each part
+    of the channels which they are and its numbers [b, channels]."""
+    assert scratch is not None, "codes need scratch_for(q)"
+    width = codes.shape[1]
     for start in range(0, codes.shape[0], CODE_BLOCK):
-        block = slice(start, min(start + CODE_BLOCK, codes.shape[0]))
-        part = codes[block]
-        halves = [part] if part.shape[1] == like.shape[1] else [part & 15, part >> 4]
-        yield block, [half.to(like.dtype) for half in halves]
+        block = codes[start : start + CODE_BLOCK]
+        parts = [block] if width == head_dim else [block & 15, block >> 4]
+        numbers = scratch[: len(parts) * block.numel()].view(len(parts), *block.shape)
+        for room, part in zip(numbers, parts, strict=True):
+            room.copy_(part)
+        channels = [slice(i * width, (i + 1) * width) for i in range(len(parts))]
+        yield slice(start, start + block.shape[0]), list(zip(channels, numbers, strict=True))

@@ -17,12 +17,11 @@ class Quantised(NamedTuple):
     """Vectors in few bits: the number is code * scale + zero, of the vector after `spread`.
 
     codes: [..., D * bits / 8] uint8. With 4 bits byte c holds channel c (low half) and channel c + D / 2 (high half).
-    scale, zero: [...] of each vector.
+    steps: [..., 2] scale and zero of each vector, SCALE_DTYPE.
     """
 
     codes: Tensor
-    scale: Tensor
-    zero: Tensor
+    steps: Tensor
 
 
 def attend(
@@ -162,22 +161,22 @@ def quantize(x: Tensor, bits: int) -> Quantised:
     off. NaN or infinity anywhere makes the whole vector NaN.
     """
     mixed = spread(x)
-    low, high = mixed.amin(-1), mixed.amax(-1)
+    low, high = torch.aminmax(mixed, dim=-1)
     wider = torch.finfo(SCALE_DTYPE).eps  # more than rounding to nearest can take away
     zero = (low - low.abs() * wider).to(SCALE_DTYPE)
-    steps = (high - zero) / (2**bits - 1)
-    scale = (steps * (1 + wider)).to(SCALE_DTYPE)
+    scale = ((high - zero) * ((1 + wider) / (2**bits - 1))).to(SCALE_DTYPE)
     finest = torch.finfo(torch.float32).tiny  # a vector of zeros has no steps
     codes = (mixed - zero[..., None]) / scale[..., None].clamp(min=finest)
     codes = codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     if bits == 4:
         half = codes.shape[-1] // 2
         codes = codes[..., :half] | (codes[..., half:] << 4)
-    return Quantised(codes, scale, zero)
+    return Quantised(codes, torch.stack([scale, zero], dim=-1))
 
 
 def dequantize(x: Quantised, head_dim: int, dtype: torch.dtype) -> Tensor:
     """The vectors that codes stand for: [..., D] in `dtype`, computed in float32 or wider."""
     codes = x.codes if x.codes.shape[-1] == head_dim else torch.cat([x.codes & 15, x.codes >> 4], dim=-1)
     wide = torch.promote_types(dtype, torch.float32)
-    return spread(codes.to(wide) * x.scale[..., None] + x.zero[..., None]).to(dtype)
+    scale, zero = x.steps.to(wide).split(1, dim=-1)
+    return spread(codes.to(wide) * scale + zero).to(dtype)
