@@ -12,61 +12,65 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpleat import PleatedCache, accounting, compress, explain
+from kvpleat import accounting, compress, explain
 from kvpleat.errors import CacheFileError, OptionError
 from kvpleat.policies import AttentionScore, Full, Policy, Window, from_dict
 from kvpleat.types import ENTRY_BITS, KVShape
 from tests import models
 
 LENGTH, ROUNDING = 150, 1e-5
-FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
-POLICIES: tuple[Policy, ...] = tuple(
-    policy
-    for bits in ENTRY_BITS
-    for policy in (Full(bits=bits), Window(budget=48, bits=bits), AttentionScore(ratio=10.0, fold=0.3, bits=bits))
+POLICIES: tuple[Policy, ...] = (
+    Full(bits=8),
+    Full(bits=4),
+    Window(budget=48, bits=6),
+    AttentionScore(ratio=10.0, bits=8),
+    AttentionScore(ratio=10.0, fold=0.3, bits=6),
 )
 
 
-def run(model: Any, policy: Policy, pieces: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [LENGTH, vocabulary] of a text whose prompt ends at 120, fed in pieces; and every entry's codes."""
+def run(model: Any, policy: Policy, pieces: list[int], written: dict[str, Any]) -> Tensor:
+    """Logits [LENGTH, vocabulary] of a text whose prompt ends at 120, fed in pieces. `written` receives what was ever
+    stored, by layer and array: [H, LENGTH, ...]."""
     with compress(model, policy) as pleated, torch.no_grad():
         cache, logits, start = pleated.new_cache(), [], 0
         cache.expect_prompt(120)
+        kv = cache.start(1)
+        append, parts = kv.append_rows, {}
+
+        def noting(layer: int, *args: Any) -> Any:
+            content = append(layer, *args)
+            for name, tensor in content.items():
+                parts.setdefault((layer, name), []).append(tensor[0])
+            return content
+
+        kv.append_rows = noting
         tokens = models.prompt(LENGTH)
         for size in pieces:
             logits.append(model(tokens[:, start : start + size], past_key_values=cache).logits[0])
             start += size
         assert start == LENGTH
-        return torch.cat(logits), held(cache)
+        del kv.append_rows  # the wrapper and the cache would keep each other alive
+        written |= {key: torch.cat(tensors, dim=1) for key, tensors in parts.items()}
+        for layer in range(kv.shape.num_layers):  # and what merging made of it
+            content, _ = kv.stored(layer, 0)
+            written |= {(layer, "at the end", name): x for name, x in content.items() if name in ("key", "value")}
+        return torch.cat(logits)
 
 
-def held(cache: PleatedCache) -> dict[str, Tensor]:
-    """Codes and positions of all entries, one channel a number, streams one after the other."""
-    assert cache.kv is not None
-    parts: dict[str, list[Tensor]] = {"key": [], "value": [], "position": []}
-    for layer in range(cache.kv.shape.num_layers):
-        content, live = cache.kv.stored(layer, 0)
-        for name in parts:
-            if name in content:
-                codes = content[name][live].long()
-                parts[name].append(torch.cat([codes % 16, codes // 16]).flatten() if codes.dim() > 1 else codes)
-    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name}-{p.bits}")
 def test_however_it_is_fed(family: str, policy: Policy) -> None:
-    """One prefill, chunks of seven, and one token at a time."""
-    model = models.tiny(family)
-    expected, codes = run(model, policy, [120, *[1] * 30])
-    for pieces in ([7] * 17 + [1] * 31, [1] * LENGTH, [60, 60, *[1] * 30]):
-        found, its_codes = run(model, policy, pieces)
+    """One prefill, chunks, and one token at a time."""
+    model, codes = models.tiny(family), {}
+    expected = run(model, policy, [120, *[1] * 30], codes)
+    for pieces in ([50, 7, 63, *[1] * 30], [1] * LENGTH):
+        its_codes: dict[str, Any] = {}
+        found = run(model, policy, pieces, its_codes)
         if all(torch.equal(its_codes[name], codes[name]) for name in codes):
             torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
         else:
-            assert its_codes["key"].shape == codes["key"].shape
-            differ = sum(int((its_codes[name] != codes[name]).sum()) for name in ("key", "value"))
-            assert differ <= 0.005 * sum(codes[name].numel() for name in ("key", "value"))
+            differ = sum(int((its_codes[name] != codes[name]).sum()) for name in codes if len(name) == 2)
+            assert differ <= 0.005 * sum(codes[name].numel() for name in codes if len(name) == 2)
 
 
 @pytest.mark.parametrize("bits", ENTRY_BITS)
