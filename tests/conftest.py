@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that tests can impor
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+with warnings.catch_warnings():
+    # Where hqq is installed transformers imports it, and its import uses what torch has deprecated: no fault of a test.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import transformers.cache_utils  # noqa: F401
 
 from tests import models  # noqa: E402
 

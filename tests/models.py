@@ -1,5 +1,6 @@
 """Tiny random models of every family, the same for the same seed: milliseconds a forward, attention with contrast."""
 
+import inspect
 import weakref
 from typing import Any
 
@@ -26,6 +27,8 @@ FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text
 VOCAB = 97
 MAX_POSITIONS = 512
 SLIDING_WINDOW = 24  # of the sliding layers of Gemma: short, so that tests reach past it
+# What a model calls its cache: transformers 5.24 renamed past_key_values to cache.
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 SPREAD = 0.15  # of the weights: enough contrast in attention that a wrong mask shows in the logits
 
 _made: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
@@ -114,3 +117,8 @@ def made() -> list[PreTrainedModel]:
 def prompt(length: int, seed: int = 0, rows: int = 1) -> torch.Tensor:
     """[rows, length] random tokens, none of them padding."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def given(cache: Any) -> dict[str, Any]:
+    """The keyword argument that gives `cache` to a model or to generate, by the name this transformers uses."""
+    return {CACHE_NAME: cache}

@@ -104,11 +104,11 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize("path", [p for p in MODULES if "__all__" in p.read_text()], ids=lambda p: p.parent.name)
 def test_public_names_are_sorted(path: Path) -> None:
-    """Every __all__ of the package."""
+    """Every __all__ of the package, in ruff's order: constants, classes, functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names = ast.literal_eval(node.value)
-            assert names == sorted(names)
+            assert names == sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
 
 
 def test_import_changes_nothing() -> None:

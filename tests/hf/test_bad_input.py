@@ -45,7 +45,7 @@ def model() -> Any:
 def step(model: Any, ids: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
     """One forward without gradients."""
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **kwargs).logits
+        return model(ids, **models.given(cache), **kwargs).logits
 
 
 def generate(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -117,7 +117,7 @@ REFUSALS: dict[str, Callable[[Any, Any], Any]] = {
     "batch size": lambda model, cache: step(model, models.prompt(3, rows=2), cache),
     "mask": lambda model, cache: step(model, models.prompt(3), cache, attention_mask=torch.ones(1, 1, 3, 33)),
     "packed": lambda model, cache: step(model, models.prompt(3), cache, position_ids=torch.tensor([[30, 31, 0]])),
-    "gradients": lambda model, cache: model(models.prompt(3), past_key_values=cache),
+    "gradients": lambda model, cache: model(models.prompt(3), **models.given(cache)),
 }
 
 
@@ -456,10 +456,10 @@ def test_interrupted_generate(model: Any) -> None:
         for cache in (None, pleated.new_cache()):
             Interrupt(model, KeyboardInterrupt, 3)
             with pytest.raises(KeyboardInterrupt):
-                generate(model, models.prompt(60), past_key_values=cache)
+                generate(model, models.prompt(60), **models.given(cache))
             assert torch.equal(generate(model, models.prompt(60)), expected)
         with pytest.raises(CacheError, match="interrupted"):
-            generate(model, models.prompt(80), past_key_values=cache)
+            generate(model, models.prompt(80), **models.given(cache))
 
 
 def test_generate_twice_holds_the_memory_of_one(model: Any) -> None:
@@ -482,7 +482,7 @@ def test_inference_mode_and_no_grad_mix(model: Any) -> None:
     with compress(model, Window(budget=40)) as pleated:
         cache = pleated.new_cache()
         with torch.inference_mode():
-            model(models.prompt(30), past_key_values=cache)
+            model(models.prompt(30), **models.given(cache))
         goes_on(model, cache)
 
 
@@ -591,7 +591,7 @@ def test_a_foreign_cache(model: Any) -> None:
         with pytest.raises(UnsupportedError, match=r"new_cache\(\)"):
             step(model, models.prompt(5), theirs)
         with pytest.raises(UnsupportedError, match=r"new_cache\(\)"):
-            generate(model, models.prompt(9), past_key_values=theirs)
+            generate(model, models.prompt(9), **models.given(theirs))
         step(model, models.prompt(5), DynamicCache(config=model.config))
         assert pleated.report().seen_tokens == 5
 

@@ -34,7 +34,7 @@ def feed(model: Any, tokens: Tensor, cache: PleatedCache, pieces: list[int]) -> 
     while start < tokens.shape[0]:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
         with torch.no_grad():
-            logits.append(model(tokens[None, start : start + size], past_key_values=cache).logits[0])
+            logits.append(model(tokens[None, start : start + size], **models.given(cache)).logits[0])
         start += size
     return torch.cat(logits)
 
@@ -108,7 +108,7 @@ class TestFull:
             ids = models.prompt(30, seed=1)
             for turn in range(3):
                 out = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, do_sample=False
+                    ids, attention_mask=torch.ones_like(ids), **models.given(cache), max_new_tokens=12, do_sample=False
                 )
                 ids = torch.cat([out, models.prompt(9, seed=turn)], dim=1)
             return ids[0].tolist()
@@ -220,7 +220,7 @@ def forward(model: Any, ids: Tensor, mask: Tensor, cache: PleatedCache) -> Tenso
     """One forward on a padded batch, with positions that count tokens."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with torch.no_grad():
-        return model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        return model(ids, attention_mask=mask, position_ids=positions, **models.given(cache)).logits
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -513,3 +513,32 @@ def same_entries(one: PleatedCache, other: PleatedCache) -> None:
 def test_all_policies_are_covered() -> None:
     """A policy that joins the registry needs tests of its own here."""
     assert set(policies.registry()) == {"full", "window", "attention"}
+
+
+# ---- the cache by both of its names: transformers 5.24 renamed past_key_values to cache
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # transformers' own, to the caller
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_cache_by_either_name(family: str, name: str) -> None:
+    """The model, its decoder and generate fill the cache they are given, whichever transformers its name is from."""
+    model, ids = models.tiny(family), models.prompt(60)
+    with compress(model, Full()) as pleated, torch.no_grad():
+        cache = pleated.new_cache()
+        model(ids[:, :20], **{name: cache})
+        pleated.facts.decoder(ids[:, 20:40], **{name: cache})
+        logits = model(ids[:, 40:50], **{name: cache}).logits[0]
+        mask = torch.ones(1, 60)
+        model.generate(ids[:, 50:], attention_mask=mask, **{name: cache}, max_new_tokens=5, do_sample=False)
+        assert cache.columns == 64  # the last new token is not fed
+    close(logits, reference.forward(model, ids[0, :50])[40:])
+
+
+def test_both_names_at_once() -> None:
+    """cache wins, as in transformers, and the other cache stays empty."""
+    model, ids = models.tiny("llama"), models.prompt(20)
+    with compress(model, Full()) as pleated:
+        one, other = pleated.new_cache(), pleated.new_cache()
+        model.generate(ids, attention_mask=torch.ones_like(ids), cache=one, past_key_values=other, max_new_tokens=5)
+        assert (one.columns, other.columns) == (24, 0)

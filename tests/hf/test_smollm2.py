@@ -7,6 +7,7 @@ import torch
 
 from kvpleat import compress, policies
 from kvpleat.hf import models, smollm2
+from tests.models import given
 
 pytestmark = [
     pytest.mark.model,
@@ -41,7 +42,7 @@ def test_attention_score_keeps_its_contract_however_fed(loaded: models.LoadedMod
         assert torch.allclose(first, pleated.prefill(ids[:, :600], cache=pieces, chunk_size=173), atol=1e-3)
         for i in range(600, 640):
             token = ids[:, i : i + 1]
-            logits = [loaded.model(token, past_key_values=cache).logits for cache in (whole, pieces)]
+            logits = [loaded.model(token, **given(cache)).logits for cache in (whole, pieces)]
             assert torch.allclose(*logits, atol=1e-3)
             report = whole.report()
             assert report.full_bytes >= 2.0 * report.allocated_bytes

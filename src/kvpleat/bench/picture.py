@@ -11,7 +11,9 @@ import torch
 
 from kvpleat import MemoryReport, compress
 from kvpleat.accounting import human_bytes
-from kvpleat.bench.quality import parse_policy
+from kvpleat.bench.methods import parse
+from kvpleat.bench.methods.pleated import PleatedMethod
+from kvpleat.errors import OptionError
 from kvpleat.hf.models import load
 
 WIDTH, HEIGHT, BASE = 860, 270, 210
@@ -22,7 +24,10 @@ def measure(model: str, text: str, policy: str) -> MemoryReport:
     """Memory after the text as a prompt."""
     loaded = load(model, dtype="float32")
     ids = torch.tensor([loaded.tokenizer(text)["input_ids"]], device=loaded.model.device)
-    with compress(loaded.model, parse_policy(policy)) as pleated:
+    method = parse(policy)
+    if not isinstance(method, PleatedMethod):
+        raise OptionError(f"{policy!r} is no policy of kvpleat, so its cache keeps no record of its heads.")
+    with compress(loaded.model, method.policy) as pleated:
         pleated.prefill(ids, cache=pleated.new_cache())
         return pleated.report()
 

@@ -1,53 +1,74 @@
-"""Decode speed and prefill memory beside transformers' DynamicCache: `python -m kvpleat.bench.speed --help`.
+"""Speed of methods beside transformers' DynamicCache, on the same tokens and the same weights.
 
-Both caches are filled with the same real text by the same weights, then decode alternately, one step each, so that
-whatever else the machine does falls on both. The floor is printed first: bytes of weights and of live entries over the
-measured copy bandwidth. A speed is refused when kvpleat's own full cache does not give DynamicCache's logits in the
-same run.
+For each batch and context, in this order:
+
+1. Peak memory of each method, in fresh processes (memory.py).
+2. A rehearsal of each method, untimed: it warms up, follows memory and checks outputs (rehearsal.py). Who fails gets no
+   speed.
+3. Timed repeats. All methods hold their caches at once and take turns, one step each, another one first every time, so
+   that whatever else the machine does falls on all. kvpress's are timed inside their worker.
+
+What cannot run (too little memory, say) is recorded as refused with the reason, and the sweep goes on.
 """
 
-import argparse
 import copy
-import json
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from transformers import DynamicCache
+from rich.progress import Progress
+from torch import Tensor
 
-from kvpleat import Pleated, compress, policies
 from kvpleat.accounting import human_bytes
-from kvpleat.bench.quality import parse_policy, token_windows
-from kvpleat.errors import NumericsError
-from kvpleat.hf.models import load
+from kvpleat.bench import metrics
+from kvpleat.bench.floor import live_bytes, now, weights_read
+from kvpleat.bench.memory import available_bytes, can_measure, process_memory
+from kvpleat.bench.methods import Memory, Method, Session
+from kvpleat.bench.methods.peers import PeerSession, end_workers
+from kvpleat.bench.rehearsal import check_pages, follow, verdict
+from kvpleat.errors import JudgeError, KvpleatError, PeerError
+from kvpleat.hf.families import describe
+from kvpleat.hf.models import LoadedModel
 
-CHUNK = 512  # tokens of a prefill chunk where peak memory is measured, for both sides
-FILL_CHUNK = 2048  # tokens of a chunk where the caches are only filled, which takes minutes on a CPU
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes; the best of five."""
-    source = torch.ones(2**27, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() * 4 / best
+CHUNK = 2048  # tokens of a prompt fed at a time, by the methods that can
+PAGES = "kvpleat's full cache against DynamicCache, on the timed prompt and steps"
+ONE_FUNCTION = "token by token against the same tokens in one go, on a fork"
 
 
-def share_weights(model: Any) -> Any:
+@dataclass(frozen=True)
+class Pace:
+    """How much is timed.
+
+    Args:
+        steps: timed decode steps of a repeat. warmup: steps before them, left out. repeats: prompts with their steps.
+    """
+
+    steps: int = 64
+    warmup: int = 4
+    repeats: int = 3
+
+
+@dataclass
+class Entrant:
+    """A method with a model object of its own, and its record of the current batch and context."""
+
+    method: Method
+    loaded: LoadedModel
+    record: dict[str, Any]
+
+    def open(self) -> Session:
+        """A new session that feeds prompts in chunks."""
+        session = self.method.open(self.loaded)
+        session.chunk = CHUNK
+        return session
+
+
+def share_weights(loaded: LoadedModel) -> LoadedModel:
     """A second model object on the same weight tensors, so that two caches can be served in turns."""
+    model: Any = loaded.model
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
     twin.load_state_dict(model.state_dict(), assign=True, strict=True)
@@ -55,190 +76,182 @@ def share_weights(model: Any) -> Any:
         owner, _, leaf = name.rpartition(".")
         setattr(twin.get_submodule(owner), leaf, buffer)
     twin.tie_weights()
-    return twin.eval()
+    return replace(loaded, model=twin.eval())
 
 
-@torch.no_grad()
-def prefill_dynamic(model: nn.Module, ids: Tensor, chunk: int = CHUNK) -> DynamicCache:
-    """transformers' own cache after a chunked prefill."""
-    cache = DynamicCache(config=model.config)
-    for first in range(0, ids.shape[1], chunk):
-        model(ids[:, first : first + chunk], past_key_values=cache, logits_to_keep=1)
-    return cache
+def measure(
+    loaded: LoadedModel, chosen: Sequence[Method], ids: Tensor, pace: Pace, bandwidth: float, progress: Progress
+) -> list[dict[str, Any]]:
+    """Records of all methods at one batch and context.
+
+    Args:
+        chosen: methods, the reference among them.
+        ids: [R, context] the prompt, and the tokens that are fed after it.
+        bandwidth: bytes per second, as `copy_bandwidth` measured them.
+    """
+    torch.cuda.empty_cache()  # what was measured before leaves room for other processes; nothing where there is no GPU
+    ids = ids.to(loaded.model.device)
+    decoded = pace.warmup + pace.steps
+    prompt, rest = ids[:, :-decoded], ids[:, -decoded:]
+    entrants = [Entrant(method, share_weights(loaded), _blank(method, ids)) for method in chosen]
+    bar = progress.add_task("", total=2 * len(entrants) + pace.repeats * (len(entrants) + decoded))
+
+    def say(what: str, advance: int = 0) -> None:
+        progress.update(bar, description=f"{ids.shape[0]} x {ids.shape[1]:,}  {what}", advance=advance)
+
+    if can_measure(loaded.model.device):
+        for entrant in entrants:
+            say(f"{entrant.method.spec}: memory")
+            with _refusing([entrant]):
+                _take_memory(entrant, prompt)
+            say("", 1)
+        with _refusing(_running(entrants)):
+            _check_room(_running(entrants), loaded, ids)
+    if ours := [entrant for entrant in _running(entrants) if entrant.method.family == "kvpleat"]:
+        say("kvpleat's full cache against DynamicCache")
+        with _refusing(ours):
+            gap = check_pages(share_weights(loaded), share_weights(loaded), prompt, rest, CHUNK)
+            verdict([entrant.record for entrant in ours], gap, loaded.model.dtype, PAGES)
+    for entrant in _running(entrants):
+        say(f"{entrant.method.spec}: rehearsal")
+        with _refusing([entrant]):
+            _rehearse(entrant, prompt, rest)
+        say("", 1)
+    if running := _running(entrants):
+        with _refusing(running):
+            _take_turns(running, prompt, rest, pace, say)
+    for entrant in _running(entrants):
+        _fill_in(entrant.record, entrants[0].record, loaded, bandwidth)
+    progress.remove_task(bar)
+    return [entrant.record for entrant in entrants]
 
 
-@torch.no_grad()
-def check_full(plain: nn.Module, model: nn.Module, ids: Tensor) -> None:
-    """Raise NumericsError unless kvpleat's Full gives DynamicCache's logits on a short prompt and 8 steps."""
-    short = ids[:, :600]
-    dynamic = prefill_dynamic(plain, short)
-    with compress(model, policies.Full()) as pleated:
-        cache = pleated.new_cache()
-        pleated.prefill(short, cache=cache, chunk_size=CHUNK)
-        for i in range(8):
-            token = ids[:, 600 + i : 601 + i]
-            difference = (
-                (plain(token, past_key_values=dynamic).logits - model(token, past_key_values=cache).logits).abs().max()
-            )
-            if not difference < (1e-3 if ids.device.type == "cpu" else 1e-2):
-                raise NumericsError(
-                    f"Full differs from DynamicCache by {difference:.2g} in the logits: no speed is reported."
-                )
+def _blank(method: Method, ids: Tensor) -> dict[str, Any]:
+    names = ["floor_step_s", "tpot_s", "itl_s", "tokens_per_s", "output_tokens_per_s", "floor_share", "speedup"]
+    names += ["peak_bytes", "process", "memory", "check", "refused"]
+    record: dict[str, Any] = {"method": method.spec, "batch": ids.shape[0], "context": ids.shape[1]}
+    return {**record, "prefill_s": [], "ttft_s": [], "step_s": [], "trace": [], **dict.fromkeys(names)}
 
 
-@torch.no_grad()
-def decode_pairs(
-    plain: nn.Module, pleated: Pleated, dynamic: DynamicCache, cache: Any, ids: Tensor
-) -> tuple[list[float], list[float]]:
-    """Seconds of alternating steps, transformers' and ours: ids [R, steps] are fed one by one."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for i in range(ids.shape[1]):
-        token = ids[:, i : i + 1]
-        for side, (model, past) in enumerate(((plain, dynamic), (pleated.model, cache))):
-            start = time.perf_counter()
-            model(token, past_key_values=past, logits_to_keep=1)
-            if token.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[side].append(time.perf_counter() - start)
-    return seconds
+# ---- what is refused, and why
 
 
-def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """One paired run."""
-    loaded = load(args.model, dtype=args.dtype, device=args.device)
-    model, policy = loaded.model, parse_policy(args.policy)
-    steps = args.warmup + args.steps
-    ids = torch.stack([w for _, w in token_windows(loaded, args.data, args.context, args.batch, 0)]).to(model.device)
-    prompt, rest = ids[:, : args.context - steps], ids[:, args.context - steps :]
-    bandwidth = copy_bandwidth(model.device)
-    plain = share_weights(model)
-    check_full(plain, model, ids)
-    console.print("Full equals DynamicCache; filling both caches ...")
-    start = time.perf_counter()
-    dynamic = prefill_dynamic(plain, prompt, FILL_CHUNK)
-    filled_dynamic = time.perf_counter() - start
-    with compress(model, policy) as pleated:
-        cache = pleated.new_cache()
-        start = time.perf_counter()
-        pleated.prefill(prompt, cache=cache, chunk_size=FILL_CHUNK)
-        filled = time.perf_counter() - start
-        theirs, ours = (s[args.warmup :] for s in decode_pairs(plain, pleated, dynamic, cache, rest))
-        report = cache.report()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {
-        "batch": args.batch,
-        "context": args.context,
-        "policy": policy.to_dict(),
-        "threads": torch.get_num_threads(),
-        "bandwidth_bytes_per_s": bandwidth,
-        "floor_s": {
-            "dynamic": (weights + report.full_bytes) / bandwidth,
-            "kvpleat": (weights + report.live_bytes) / bandwidth,
-        },
-        "step_s": {"dynamic": theirs, "kvpleat": ours},
-        "prefill_s": {"dynamic": filled_dynamic, "kvpleat": filled},
-        "kv": {k: v for k, v in report.to_dict().items() if k != "kept"},
-    }
+def _running(entrants: list[Entrant]) -> list[Entrant]:
+    return [entrant for entrant in entrants if entrant.record["refused"] is None]
 
 
-def peak_memory(args: argparse.Namespace) -> dict[str, int]:
-    """Growth of the peak resident memory by a chunked prefill, each side in a process of its own (Linux)."""
-    peaks = {}
-    for side, policy in (
-        ("dynamic", "full"),
-        ("kvpleat", args.policy),
-        (f"kvpleat {args.memory_policy}", args.memory_policy),
-    ):
-        options = {
-            "model": args.model,
-            "data": args.data,
-            "context": args.context,
-            "dtype": args.dtype,
-            "policy": policy,
-        }
-        command = [sys.executable, "-W", "ignore", "-m", "kvpleat.bench.speed", "--peak-of", side.split()[0]]
-        command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        peaks[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    return peaks
+@contextmanager
+def _refusing(entrants: list[Entrant]) -> Iterator[None]:
+    """Whatever stops these methods here is recorded as the reason why they get no speed; the rest goes on."""
+    try:
+        yield
+    except (KvpleatError, MemoryError, RuntimeError) as error:
+        expected = isinstance(error, KvpleatError | MemoryError | torch.OutOfMemoryError)
+        if not expected and "allocate memory" not in str(error):  # torch's words on a CPU; else a mistake of ours
+            raise
+        if isinstance(error, PeerError):
+            end_workers()  # the next one starts afresh
+        for entrant in entrants:
+            entrant.record["refused"] = " ".join(str(error).split()) or type(error).__name__
+            entrant.record |= {"prefill_s": [], "ttft_s": [], "step_s": []}
 
 
-def peak_of(args: argparse.Namespace) -> int:
-    """In the process of one side: bytes by which a chunked prefill of one row raised the peak resident memory."""
-    loaded = load(args.model, dtype=args.dtype, device="cpu", progress=False)
-    ids = torch.stack([w for _, w in token_windows(loaded, args.data, args.context, 1, 0)])
-    with torch.no_grad():
-        loaded.model(ids[:, :64])  # what the first forward allocates once is no cache
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = _status("VmRSS")
-    if args.peak_of == "dynamic":
-        prefill_dynamic(loaded.model, ids)
-    else:
-        with compress(loaded.model, parse_policy(args.policy)) as pleated:
-            pleated.prefill(ids, cache=pleated.new_cache(), chunk_size=CHUNK)
-    return _status("VmHWM") - before
+def _take_memory(entrant: Entrant, prompt: Tensor) -> None:
+    model = entrant.loaded.model
+    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+    taken = process_memory(entrant.loaded.name, entrant.method.spec, prompt, dtype=dtype, device=device, chunk=CHUNK)
+    entrant.record |= {"process": taken, "peak_bytes": taken["peak_bytes"]}
 
 
-def _status(name: str) -> int:
-    """A figure of /proc/self/status in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-    return int(line.split()[1]) * 1024
+def _check_room(entrants: list[Entrant], loaded: LoadedModel, ids: Tensor) -> None:
+    """Raise JudgeError unless all caches fit beside each other, by what each took alone.
 
-
-def show(figures: dict[str, Any], console: Console) -> None:
-    """The figures as a table, the floor first."""
-    console.print(
-        f"batch {figures['batch']}, context {figures['context']}, {figures['threads']} threads, copy bandwidth "
-        f"{figures['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s, compression ratio {figures['kv']['compression_ratio']:.2f}"
-    )
-    table = Table("cache", "floor ms", "step ms (median)", "mean", "min to max", "tokens/s (mean)", "prefill s")
-    for side in ("dynamic", "kvpleat"):
-        steps = figures["step_s"][side]
-        median, mean = statistics.median(steps), statistics.mean(steps)  # the mean holds the moments of compression
-        table.add_row(
-            side,
-            f"{1e3 * figures['floor_s'][side]:.1f}",
-            f"{1e3 * median:.1f}",
-            f"{1e3 * mean:.1f}",
-            f"{1e3 * min(steps):.1f} to {1e3 * max(steps):.1f}",
-            f"{figures['batch'] / mean:.1f}",
-            f"{figures['prefill_s'][side]:.1f}",
-        )
-    console.print(table)
-    for name, centre in (("median", statistics.median), ("mean", statistics.mean)):
-        theirs, ours = (centre(figures["step_s"][side]) for side in ("dynamic", "kvpleat"))
-        console.print(f"decode, {name} step: {theirs / ours:.2f}x")
-    for side, peak in figures.get("peak_prefill_bytes", {}).items():
-        console.print(f"peak process memory of a prefill in chunks of {CHUNK}, one row, {side}: {human_bytes(peak)}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line of the speed benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m kvpleat.bench.speed", description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--policy", default="attention:ratio=4")
-    parser.add_argument("--memory-policy", default="attention:ratio=4,slack=2", help="measured too, for memory")
-    parser.add_argument("--data", type=Path, required=True, help="JSONL (.xz, .gz) with the keys source and text")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--context", type=int, default=8192, help="tokens at the end of the run")
-    parser.add_argument("--steps", type=int, default=64, help="measured decode steps")
-    parser.add_argument("--warmup", type=int, default=4)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory of a prefill out")
-    parser.add_argument("--peak-of", choices=("dynamic", "kvpleat"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=None, help="write all figures here as JSON")
-    args = parser.parse_args(argv)
-    if args.peak_of:
-        print(peak_of(args))
+    The rehearsal holds two at a time, at most two full ones; the turns hold all.
+    """
+    taken = [entrant.record["process"] for entrant in entrants]
+    room = available_bytes(loaded.model.device)
+    if not taken or room is None:
         return
-    console = Console(width=140)
-    figures = measure(args, console)
-    if not args.no_memory:
-        figures["peak_prefill_bytes"] = peak_memory(args)
-    show(figures, console)
-    if args.out is not None:
-        args.out.write_text(json.dumps(figures))
+    held = max(sum(x["process_bytes"] for x in taken), 2 * max(x["full_bytes"] for x in taken))
+    need = held + max(x["peak_bytes"] - x["process_bytes"] for x in taken)
+    if need > room:
+        raise JudgeError(
+            f"{len(taken)} caches of {ids.shape[0]} x {ids.shape[1]:,} tokens take {human_bytes(need)} side by side, "
+            f"and {human_bytes(room)} are free, so they cannot take turns. Pass fewer methods, rows or tokens."
+        )
 
 
-if __name__ == "__main__":
-    main()
+# ---- what is measured
+
+
+def _rehearse(entrant: Entrant, prompt: Tensor, rest: Tensor) -> None:
+    """The untimed run of one method: its memory along the steps, and its check."""
+    record, ours = entrant.record, entrant.method.family == "kvpleat"
+    with ExitStack() as stack:
+        session = stack.enter_context(entrant.open())
+        session.prefill(prompt)
+        known = stack.enter_context(session.fork()) if ours else None
+        record["trace"] = [[prompt.shape[1], session.memory().allocated_bytes]]
+        gap, trace = follow(session, rest, known)
+        record["trace"] += [[prompt.shape[1] + tokens, held] for tokens, held in trace]
+        record["memory"] = session.memory().to_dict()
+    if ours:
+        pages = record["check"]
+        verdict([record], gap, entrant.loaded.model.dtype, ONE_FUNCTION)
+        record["check"]["pages"] = pages
+
+
+def _take_turns(
+    entrants: list[Entrant], prompt: Tensor, rest: Tensor, pace: Pace, say: Callable[[str, int], None]
+) -> None:
+    """Timed repeats: all methods hold a cache at once and take one step each, another one first every time."""
+    for repeat in range(pace.repeats):
+        what = f"repeat {repeat + 1} of {pace.repeats}"
+        with ExitStack() as stack:
+            sessions = [(entrant.record, stack.enter_context(entrant.open())) for entrant in entrants]
+            for record, session in _rotated(sessions, repeat):
+                seconds = _seconds(session, session.prefill, prompt)
+                record["prefill_s"].append(seconds)
+                record["ttft_s"].append(seconds)  # the first token's logits are the last that a prefill computes
+                record["step_s"].append([])
+                say(f"{what}: prefill", 1)
+            for step, token in enumerate(rest.split(1, dim=1)):
+                for record, session in _rotated(sessions, step):
+                    seconds = _seconds(session, session.decode, token)
+                    if step >= pace.warmup:
+                        record["step_s"][-1].append(seconds)
+                say(f"{what}: decode", 1)
+
+
+def _rotated(sessions: list[tuple[dict[str, Any], Session]], by: int) -> list[tuple[dict[str, Any], Session]]:
+    first = by % len(sessions)
+    return sessions[first:] + sessions[:first]
+
+
+def _seconds(session: Session, feed: Callable[[Tensor], Tensor], ids: Tensor) -> float:
+    """Time of a prefill or decode where it happens: inside the worker, for sessions that live in one."""
+    start = now(ids.device)
+    feed(ids)
+    seconds = now(ids.device) - start
+    return session.timing()["seconds"] if isinstance(session, PeerSession) else seconds
+
+
+def _fill_in(record: dict[str, Any], reference: dict[str, Any], loaded: LoadedModel, bandwidth: float) -> None:
+    """Figures of a method from its times: definitions are in metrics.py."""
+    rows, steps = record["batch"], record["step_s"]
+    tpots = [metrics.time_per_output_token(repeat) for repeat in steps]
+    tpot = statistics.median(tpots)
+    pairs = list(zip(record["ttft_s"], steps, strict=True))
+    live = live_bytes(Memory(**record["memory"]), describe(loaded.model).shape, rows, record["context"])
+    floor = (weights_read(loaded.model) + live) / bandwidth
+    record |= {
+        "floor_step_s": floor,
+        "floor_share": floor / tpot,
+        "tpot_s": tpot,
+        "itl_s": {f"p{p}": metrics.percentile([s for repeat in steps for s in repeat], p) for p in (50, 90, 99)},
+        "tokens_per_s": rows / tpot,
+        "output_tokens_per_s": statistics.median(metrics.output_throughput(rows, *pair) for pair in pairs),
+    }
+    if reference["step_s"]:
+        ratios = [metrics.time_per_output_token(a) / b for a, b in zip(reference["step_s"], tpots, strict=True)]
+        record["speedup"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}

@@ -13,6 +13,9 @@ from kvpleat import explain as explain_model
 from kvpleat import policies as policies_module
 from kvpleat.cli import options, show
 from kvpleat.cli.chat import Chat, converse
+from kvpleat.cli import bench as _bench  # noqa: F401  # registers its command
+from kvpleat.cli import eval as _eval  # noqa: F401  # registers its command
+from kvpleat.cli import report as _report  # noqa: F401  # registers its command
 from kvpleat.cli.command import app, command, main, plain
 from kvpleat.cli.run import Answer, agreement, answer_compressed, answer_full
 from kvpleat.hf.models import known_models

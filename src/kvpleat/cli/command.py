@@ -39,7 +39,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
-    return app.command()(guarded)
+    return app.command(function.__name__.rstrip("_"))(guarded)
 
 
 def plain(text: str) -> str:

@@ -60,6 +60,17 @@ class Decoding:
         return {**options, "temperature": None, "top_p": None, "top_k": None}
 
 
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Numbers above 0 from "2048,4096", each once; `option` is what the user typed them for."""
+    try:
+        numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise OptionError(f"{option} {text!r}: pass whole numbers above 0 with commas between them, such as 1,4.")
+    return numbers
+
+
 def make_policy(name: str, ratio: float | None, coverage: float | None, bits: int | None = None) -> Policy:
     """The policy called `name`. A ratio of 4 is taken where the policy knows ratios and no option was given."""
     registry = policies.registry()

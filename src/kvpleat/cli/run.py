@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,14 +123,17 @@ def continue_cache(
     prefilling: Prefilling,
 ) -> Answer:
     """Feed ids [1, T] after what the cache has seen, and generate. The last new token is not fed to the cache."""
-    seen = cache.get_seq_length()
+    seen, total = cache.get_seq_length(), ids.shape[1]
     ids = ids.to(loaded.model.device)
-    mask = torch.ones(1, seen + ids.shape[1], dtype=torch.long, device=ids.device)
+    mask = torch.ones(1, seen + total, dtype=torch.long, device=ids.device)
     pad = loaded.tokenizer.pad_token_id
     torch.manual_seed(decoding.seed)
-    pieces = decoding.prefill_chunk is not None and decoding.prefill_chunk < ids.shape[1]
+    pieces = decoding.prefill_chunk is not None and decoding.prefill_chunk < total
     start = time.perf_counter()
-    with prefilling((lambda: cache.get_seq_length() - seen) if pieces else None, ids.shape[1]) as done:
+    with prefilling((lambda: cache.get_seq_length() - seen) if pieces else None, total) as done:
+        if seen and decoding.prefill_chunk is not None:
+            ids = _feed_but_last(loaded, cache, ids, decoding.prefill_chunk)
+            decoding = replace(decoding, prefill_chunk=None)
         streamer = CallbackStreamer(loaded.tokenizer, on_text, done)
         out = loaded.model.generate(
             ids,
@@ -144,11 +147,25 @@ def continue_cache(
     return Answer(
         text=str(loaded.tokenizer.decode(tokens, skip_special_tokens=True)),
         tokens=tokens,
-        prompt_tokens=ids.shape[1],
+        prompt_tokens=total,
         memory=cache.report() if isinstance(cache, PleatedCache) else full_memory(loaded, cache),
         prefill_s=streamer.stamps[0] - start,
         decode_s=streamer.stamps[-1] - streamer.stamps[0],
     )
+
+
+@torch.no_grad()
+def _feed_but_last(loaded: LoadedModel, cache: PleatedCache | DynamicCache, ids: Tensor, size: int) -> Tensor:
+    """Feed ids [1, T] in pieces of `size`, all but the last piece, which is returned for generate().
+
+    generate(prefill_chunk_size=...) does the same, but takes every cache for an empty one in transformers 5.17.
+    """
+    pieces: tuple[Tensor, ...] = ids.split(size, dim=1)
+    if isinstance(cache, PleatedCache):
+        cache.expect_prompt(cache.columns + ids.shape[1])
+    for piece in pieces[:-1]:
+        loaded.model(piece, logits_to_keep=1, **{cache_argument(loaded.model): cache})
+    return pieces[-1]
 
 
 def full_memory(loaded: LoadedModel, cache: DynamicCache) -> MemoryReport:

@@ -48,7 +48,9 @@ class PleatedLayer(CacheLayerMixin):
 
 
 class PleatedCache(Cache):
-    """A compressed cache: pass it as `past_key_values`, call after call. Made by `Pleated.new_cache()`.
+    """A compressed cache, to be passed as `cache` (before transformers 5.24: `past_key_values`) call after call.
+
+    Made by `Pleated.new_cache()`.
 
     Attributes:
         columns: tokens seen, padding included: the length that transformers counts.

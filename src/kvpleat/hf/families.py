@@ -186,8 +186,10 @@ def cache_argument(module: nn.Module) -> str:
 
 
 def given_cache(kwargs: dict[str, Any]) -> Any:
-    """Take the cache out of a call's keyword arguments, whichever of its two names the caller used; None: there is
-    none."""
+    """Take the cache out of a call's keyword arguments, whichever of its two names the caller used.
+
+    Where both names give one, `cache` wins, as in transformers. None: there is none.
+    """
     given = [kwargs.pop(name, None) for name in CACHE_ARGUMENTS]
     return next((cache for cache in given if cache is not None), None)
 

@@ -50,7 +50,13 @@ class Memory:
 
 
 class Session(ABC):
-    """One cache of one method, over one or more rows. Close it (or leave it as a context) to give the memory back."""
+    """One cache of one method, over one or more rows. Close it (or leave it as a context) to give the memory back.
+
+    Attributes:
+        chunk: tokens of a prompt that are fed at a time where the method can do that; None: all at once.
+    """
+
+    chunk: int | None = None
 
     @abstractmethod
     def prefill(self, ids: Tensor) -> Tensor:
@@ -70,6 +76,10 @@ class Session(ABC):
     @abstractmethod
     def memory(self) -> Memory:
         """Bytes of this session now."""
+
+    def trim(self) -> None:
+        """Give memory that is held and not needed back to the system, where the method can be asked to."""
+        return
 
     @abstractmethod
     def close(self) -> None:
@@ -109,6 +119,3 @@ class Method(ABC):
         """What files say about the method."""
         names = ("spec", "label", "family", "storage", "ratio", "options")
         return {name: getattr(self, name) for name in names}
-
-    def stop(self) -> None:
-        """End whatever the method keeps running between sessions (a worker process, say)."""

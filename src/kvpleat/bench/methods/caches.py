@@ -96,8 +96,8 @@ class Quantized(Method):
         known = {"quanto": QUANTO_BITS, "hqq": HQQ_BITS}
         if backend not in known or bits not in known[backend]:
             raise OptionError(
-                f"quantized:bits={bits},backend={backend}: transformers knows quanto with {QUANTO_BITS} bits and hqq with "
-                f"{HQQ_BITS}. Pass one of these."
+                f"quantized:bits={bits},backend={backend}: transformers knows quanto with {QUANTO_BITS} bits and hqq "
+                f"with {HQQ_BITS}. Pass one of these."
             )
         self.spec, self.bits, self.backend = spec, bits, backend
         self.label = f"QuantizedCache {bits} bit" + ("" if backend == "quanto" else f" {backend}")

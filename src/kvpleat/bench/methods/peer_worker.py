@@ -44,7 +44,7 @@ class Host:
         if op == "hello":
             return {"versions": {name: version(name) for name in ("kvpress", "transformers", "torch")}}, None
         if op == "timing":
-            return {"timing": {**self.timing, **process_bytes(self.model.device)}}, None
+            return {"timing": {**self.timing, **process_bytes(self.model.device, request["reset_peak"])}}, None
         if op == "open":
             session = Session(self, make_press(request["press"], self.model), request["eager"])
             return self._keep(session), None
@@ -90,7 +90,7 @@ class Session:
         self.masked: list[Any] = [None] * host.model.config.num_hidden_layers
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor) -> Any:
         """Feed a prompt: compress the first one."""
         if self.seen:
             return self.decode(ids)[:, -1]
@@ -188,10 +188,19 @@ def make_press(request: dict[str, Any], model: Any) -> Any:
     return kvpress.AdaKVPress(press)
 
 
-def process_bytes(device: torch.device) -> dict[str, float]:
-    """Memory of this process now and at its peak: torch's allocator on a GPU, resident pages on a CPU (Linux)."""
+def process_bytes(device: torch.device, reset_peak: bool = False) -> dict[str, float]:
+    """Memory of this process now and at its peak: torch's allocator on a GPU, resident pages on a CPU (Linux).
+
+    Args:
+        device: what memory is asked for.
+        reset_peak: the peak counts from now on.
+    """
     if device.type == "cuda":
-        return {"bytes": torch.cuda.memory_allocated(), "peak_bytes": torch.cuda.max_memory_allocated()}
+        if reset_peak:
+            torch.cuda.reset_peak_memory_stats(device)
+        return {"bytes": torch.cuda.memory_allocated(device), "peak_bytes": torch.cuda.max_memory_allocated(device)}
+    if reset_peak:
+        Path("/proc/self/clear_refs").write_text("5")
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {"bytes": 1024 * int(status["VmRSS"].split()[0]), "peak_bytes": 1024 * int(status["VmHWM"].split()[0])}
 

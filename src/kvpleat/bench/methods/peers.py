@@ -11,7 +11,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,10 +76,10 @@ class Peer(Method):
         if name == "kvzap" and "model" not in options:
             raise OptionError(
                 "kvzap needs a trained guesser for this very model, and none comes with kvpress. Pass its folder: "
-                "kvzap:ratio=4,model=FOLDER (`python -m kvpleat.bench.kvzap` fits one)."
+                "kvzap:ratio=4,model=FOLDER."
             )
         press = PRESSES[name]
-        self.name, self.spec, self.ratio = name, spec, ratio
+        self.name, self.spec, self.ratio, self.removed = name, spec, ratio, 1 - 1 / ratio
         self.label = f"{press.label} {ratio:g}x"
         self.storage = "mask only" if press.masks else "contiguous"
         self.options = {"ratio": ratio, **options}
@@ -87,7 +87,7 @@ class Peer(Method):
 
     def open(self, loaded: LoadedModel) -> "PeerSession":
         worker = _worker(loaded)
-        press = {"name": self.name, "removed": 1 - 1 / self.ratio, "options": self._press_options()}
+        press = {"name": self.name, "removed": self.removed, "options": self._press_options()}
         answer, _ = worker.ask({"op": "open", "press": press, "eager": self.eager})
         return PeerSession(worker, answer["session"], str(loaded.model.device))
 
@@ -120,9 +120,13 @@ class PeerSession(Session):
         answer, _ = self._worker.ask({"op": "memory", "session": self._number})
         return Memory(**answer["memory"])
 
-    def timing(self) -> dict[str, float]:
-        """Seconds of the last prefill or decode, measured inside the worker, and its process's bytes now and at peak."""
-        answer, _ = self._worker.ask({"op": "timing"})
+    def timing(self, *, reset_peak: bool = False) -> dict[str, float]:
+        """Seconds of the last prefill or decode inside the worker, and its process's bytes now and at peak.
+
+        Args:
+            reset_peak: the next peak counts from now on.
+        """
+        answer, _ = self._worker.ask({"op": "timing", "reset_peak": reset_peak})
         return dict(answer["timing"])
 
     def close(self) -> None:
@@ -168,7 +172,7 @@ class Worker:
             self._process.wait()
 
 
-def _read_tensor(stream: BinaryIO | Any, shape: list[int]) -> Tensor:
+def _read_tensor(stream: Any, shape: list[int]) -> Tensor:
     content = bytearray(4 * int(np.prod(shape)))
     view, done = memoryview(content), 0
     while done < len(content):
@@ -187,8 +191,8 @@ def peers_python() -> Path:
     python = Path(os.environ.get(ENVIRONMENT, DEFAULT_PYTHON))
     if not python.exists():
         raise OptionError(
-            f"kvpress's presses run in a Python environment of their own, and {python} does not exist. Run `make peers`, "
-            f"or set {ENVIRONMENT} to a Python that has kvpress and torch."
+            f"kvpress's presses run in a Python environment of their own, and {python} does not exist. Run "
+            f"`make peers`, or set {ENVIRONMENT} to a Python that has kvpress and torch."
         )
     return python
 

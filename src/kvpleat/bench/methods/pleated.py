@@ -25,7 +25,7 @@ class PleatedSession(Session):
         self._owns = owns
 
     def prefill(self, ids: Tensor) -> Tensor:
-        return self.pleated.prefill(ids, cache=self.cache)
+        return self.pleated.prefill(ids, cache=self.cache, chunk_size=self.chunk)
 
     def decode(self, ids: Tensor) -> Tensor:
         return self.pleated.continue_with(ids, cache=self.cache)
@@ -41,6 +41,9 @@ class PleatedSession(Session):
             claimed_bytes=report.allocated_bytes,
             kept=report.kept.tolist(),
         )
+
+    def trim(self) -> None:
+        self.cache.trim()
 
     def close(self) -> None:
         self.cache.release()
