@@ -196,7 +196,7 @@ def test_explain_says_what_would_run(tiny_folder: Path) -> None:
 
 def test_flags_are_a_decision() -> None:
     """New options must be added here too: a flag is a promise."""
-    common = {"--model", "--policy", "--ratio", "--coverage", "--dtype", "--device", "--trust-remote-code"}
+    common = {"--model", "--policy", "--ratio", "--coverage", "--bits", "--dtype", "--device", "--trust-remote-code"}
     decoding = {"--system", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--prefill-chunk"}
     known = {
         "generate": common | decoding | {"--prompt", "--prompt-file", "--raw", "--compare", "--json"},

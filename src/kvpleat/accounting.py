@@ -5,23 +5,25 @@ pages occupy, holes and side arrays included. overhead: page tables, free lists 
 A mask is never a saving: only allocated bytes make a compression ratio.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpleat.types import ENTRY_FIELDS, KVShape
+from kvpleat.types import KVShape
 
 
 def full_entry_bytes(shape: KVShape) -> int:
-    """Bytes of one entry in an uncompressed cache: a key and a value."""
+    """Bytes of one entry in an uncompressed cache: a key and a value in the model's dtype."""
     return 2 * shape.head_dim * shape.dtype.itemsize
 
 
 def entry_bytes(shape: KVShape) -> int:
-    """Bytes of one entry in a page: a key, a value and the side arrays the policy asked for."""
-    return full_entry_bytes(shape) + sum(ENTRY_FIELDS[name].itemsize for name in shape.fields)
+    """Bytes of one entry in a page: a key and a value as they are stored, with scales and zeros where they are codes,
+    and the side arrays the policy asked for."""
+    return sum(math.prod(item) * dtype.itemsize for item, dtype in shape.arrays.values())
 
 
 def page_bytes(shape: KVShape) -> int:

@@ -18,6 +18,20 @@ from kvpleat.errors import OptionError
 
 PAGE_SIZES = (16, 32)
 ENTRY_FIELDS = {"position": torch.int32, "log_weight": torch.float32, "score": torch.float32}
+# The option `bits` -> bits of a number of a key and of a value. Keys need more of them: see docs/log.md.
+ENTRY_BITS = {8: (8, 8), 6: (8, 4), 4: (4, 4)}
+# Of scale and zero. It has float32's range, so nothing overflows; and its few digits only make steps a little wider,
+# because codes are computed against the stored scale and zero.
+SCALE_DTYPE = torch.bfloat16
+
+
+def check_bits(bits: int | None) -> None:
+    """Refuse what entries cannot be stored in: anything but None and the keys of ENTRY_BITS."""
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in ENTRY_BITS):
+        raise OptionError(
+            f"bits={bits}: entries are stored in the model's dtype (None) or in {', '.join(map(str, ENTRY_BITS))} bits "
+            "a number, keys and values together. Pass one of them, bits=8 for almost no loss."
+        )
 
 
 class Phase(StrEnum):
@@ -39,6 +53,7 @@ class KVShape:
         dtype: of keys and values.
         page_size: entries of one page (S), 16 or 32.
         fields: per-entry side arrays that the policy needs, of ENTRY_FIELDS.
+        bits: bits of a stored number, a mean over keys and values: one of ENTRY_BITS; None: keys and values in `dtype`.
     """
 
     num_layers: int
@@ -48,8 +63,15 @@ class KVShape:
     dtype: torch.dtype
     page_size: int = 16
     fields: tuple[str, ...] = ()
+    bits: int | None = None
 
     def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.bits is not None and self.head_dim % 2:
+            raise OptionError(
+                f"bits={self.bits} with {self.head_dim} channels: codes of 4 bits are stored in pairs and entries are "
+                "mixed in pairs of channels, so there must be an even number of them. Pass bits=None for this model."
+            )
         if self.page_size not in PAGE_SIZES:
             raise OptionError(
                 f"page_size={self.page_size}: the kernels know pages of {PAGE_SIZES} entries. Pass 16 (less waste) or "
@@ -59,6 +81,21 @@ class KVShape:
             raise OptionError(
                 f"{self.num_q_heads} query heads do not divide into groups over {self.num_kv_heads} KV heads."
             )
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What a page stores of each entry: the shape and dtype of "key", "value", and of the side arrays.
+
+        With `bits`, key and value are codes, and each has its steps: see `kernels.reference.quantize`.
+        """
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for i, name in enumerate(("key", "value")):
+            if self.bits is None:
+                stored[name] = (self.head_dim,), self.dtype
+            else:
+                stored[name] = (self.head_dim * ENTRY_BITS[self.bits][i] // 8,), torch.uint8
+                stored[f"{name}_steps"] = (2,), SCALE_DTYPE
+        return stored | {name: ((), ENTRY_FIELDS[name]) for name in self.fields}
 
     @property
     def group_size(self) -> int:

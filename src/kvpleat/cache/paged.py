@@ -6,12 +6,13 @@ Policies never come here: callers hand over what to append and which Decision to
 
 import itertools
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from kvpleat import accounting
+from kvpleat.cache.entries import Content, Entries, decode, encode, fit, masked, replaced
 from kvpleat.cache.observed import ObservedQueries
 from kvpleat.cache.pages import FREE, PagePool
 from kvpleat.errors import CacheError
@@ -19,20 +20,6 @@ from kvpleat.kernels import reference
 from kvpleat.types import Decision, KVShape, Rotary
 
 _owner_ids = itertools.count()
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The entries of one layer of one row, padded to the longest stream. Holes hold zeros.
-
-    Args:
-        live: [H, N]; keys, values: [H, N, D]; fields: side arrays, [H, N] each.
-    """
-
-    live: Tensor
-    keys: Tensor
-    values: Tensor
-    fields: dict[str, Tensor]
 
 
 class PagedKVCache:
@@ -67,16 +54,20 @@ class PagedKVCache:
 
     def entries(self, layer: int, row: int) -> Entries:
         """The entries of one layer of one row."""
-        slots, live = self._slots(layer, row)
-        hole = ~live[..., None]
-        keys, values = (self.pool.slots(name)[slots].masked_fill_(hole, 0) for name in ("key", "value"))
-        fields = {name: self.pool.slots(name)[slots].masked_fill_(~live, 0) for name in self.shape.fields}
-        return Entries(live, keys, values, fields)
+        stored, live = self.stored(layer, row)
+        keys, values = decode(stored, self.shape)
+        return Entries(live, keys, values, {name: stored[name] for name in self.shape.fields})
 
     def fields(self, layer: int, row: int) -> tuple[dict[str, Tensor], Tensor]:
         """All side arrays of one layer of one row, without keys and values: [H, N] each, and [H, N] live."""
+        return self.stored(layer, row, self.shape.fields)
+
+    def stored(self, layer: int, row: int, names: Iterable[str] | None = None) -> tuple[Content, Tensor]:
+        """Arrays of one layer of one row as pages hold them, all or those of `names`: [H, N, ...] each, zeros in holes;
+        and [H, N] live."""
         slots, live = self._slots(layer, row)
-        return {name: self.pool.slots(name)[slots].masked_fill_(~live, 0) for name in self.shape.fields}, live
+        names = self.shape.arrays if names is None else names
+        return masked({name: self.pool.slots(name)[slots] for name in names}, live), live
 
     def pieces(self, layer: int, row: int, head: int) -> list[list[int]]:
         """Runs of slots [first, count] that a stream occupies, in order; the last may reach past its length."""
@@ -92,17 +83,24 @@ class PagedKVCache:
 
     # ---- writing
 
-    def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def append(self, layer: int, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Append T entries to every stream of one layer of one row.
 
         Args:
             keys, values: [H, T, D] after rotary embedding.
             positions: [T] int32 token positions, ascending and above all positions in the streams.
-        """
-        self.append_rows(layer, [row], keys[None], values[None], positions[None])
 
-    def append_rows(self, layer: int, rows: list[int], keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """`append` for several rows at once: keys and values [r, H, T, D], positions [r, T]."""
+        Returns:
+            keys and values [H, T, D] as they will be read from now on: attention must see these, and not those that
+            were passed, or the result would depend on how a prompt is cut into chunks.
+        """
+        content = self.append_rows(layer, [row], keys[None], values[None], positions[None])
+        stored_keys, stored_values = decode(content, self.shape)
+        return stored_keys[0], stored_values[0]
+
+    def append_rows(self, layer: int, rows: list[int], keys: Tensor, values: Tensor, positions: Tensor) -> Content:
+        """`append` for several rows at once: keys and values [r, H, T, D], positions [r, T]. Returns what was stored of
+        keys and values."""
         self._check_open()
         num_new = keys.shape[2]
         for row in rows:
@@ -110,12 +108,14 @@ class PagedKVCache:
         index = self.lengths[rows, layer].long()[..., None] + torch.arange(num_new, device=self.pool.device)
         pages = self.page_table[rows, layer].long().gather(-1, index // self.shape.page_size)
         slots = (pages * self.shape.page_size + index % self.shape.page_size).flatten()
-        self.pool.slots("key").index_copy_(0, slots, keys.reshape(-1, keys.shape[-1]))
-        self.pool.slots("value").index_copy_(0, slots, values.reshape(-1, values.shape[-1]))
+        content = encode(keys, values, self.shape)
+        for name, tensor in content.items():
+            self.pool.slots(name).index_copy_(0, slots, tensor.flatten(0, 2))
         new = {"position": positions[:, None].expand(index.shape).flatten(), "log_weight": 0.0, "score": float("nan")}
         for name in self.shape.fields:
             self.pool.slots(name)[slots] = new[name]  # type: ignore[assignment]  # tensor or number, both are allowed
         self.lengths[rows, layer] += num_new
+        return content
 
     def apply(self, layer: int, row: int, decision: Decision) -> None:
         """Carry out a policy's decision on one layer of one row: merge, evict, compact, and return the pages."""
@@ -125,19 +125,19 @@ class PagedKVCache:
             self.pool.slots("score")[slots[live]] = decision.scores[live]
         if decision.merge_into is None and bool((decision.keep | ~live).all()):
             return
-        old = self.entries(layer, row)
-        new: dict[str, Tensor] = {"key": old.keys, "value": old.values, **old.fields}
+        content, _ = self.stored(layer, row)
         if decision.merge_into is not None:
             assert decision.share is not None
             assert decision.log_weights is not None
             target = torch.where(live, decision.merge_into, -1)
-            new["key"], new["value"] = reference.merge_into(
-                old.keys, old.values, old.fields["position"], target, decision.share, self.rotary
-            )
-            new["log_weight"] = decision.log_weights
-        self._rewrite(layer, row, decision.keep & live, new, decision.reserve)
+            keys, values = decode(content, self.shape)
+            merged = reference.merge_into(keys, values, content["position"], target, decision.share, self.rotary)
+            members = torch.zeros_like(target).scatter_add_(1, target.clamp(min=0), (target >= 0).long())
+            content = replaced(content, members > 1, encode(*merged, self.shape))
+            content["log_weight"] = decision.log_weights
+        self._rewrite(layer, row, decision.keep & live, content, decision.reserve)
 
-    def _rewrite(self, layer: int, row: int, keep: Tensor, new: dict[str, Tensor], reserve: int) -> None:
+    def _rewrite(self, layer: int, row: int, keep: Tensor, new: Content, reserve: int) -> None:
         """Replace the streams by their kept entries, in order, in fresh pages."""
         counts = keep.sum(dim=1)
         order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
@@ -149,10 +149,10 @@ class PagedKVCache:
         self.lengths[row, layer] = counts.int()
         slots, _ = self._slots(layer, row)
         for name, content in new.items():
-            picked = order.view(*order.shape, *[1] * (content.dim() - 2)).expand(-1, -1, *content.shape[2:])
+            picked = fit(order, content).expand(-1, -1, *content.shape[2:])
             self.pool.slots(name)[slots[kept]] = content.gather(1, picked)[kept]
 
-    def fill(self, layer: int, row: int, counts: list[int], content: dict[str, Tensor]) -> None:
+    def fill(self, layer: int, row: int, counts: list[int], content: Content) -> None:
         """Fill the empty streams of one layer of one row: counts[h] entries each, `content` [sum(counts), ...] by
         array."""
         self._give_pages(layer, row, [-(-count // self.shape.page_size) for count in counts])

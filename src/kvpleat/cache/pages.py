@@ -11,14 +11,14 @@ from torch import Tensor
 from kvpleat import accounting
 from kvpleat.cache.memory import GrowableArray, physical_memory
 from kvpleat.errors import OutOfPagesError
-from kvpleat.types import ENTRY_FIELDS, KVShape
+from kvpleat.types import KVShape
 
 FREE = -1
 GROWTH = 1.5  # of arrays that grow by copying
 
 
 class PagePool:
-    """Pages of keys, values and the side arrays a policy asked for.
+    """Pages of what `shape.arrays` lists: keys and values, or their codes, and the side arrays a policy asked for.
 
     Args:
         shape: the model's KV shape.
@@ -36,13 +36,9 @@ class PagePool:
         self.owner = torch.empty(0, dtype=torch.int32, device=device)  # [P] owner id of each page, or FREE
         self.backed = torch.empty(0, dtype=torch.bool, device=device)  # [P] False once trim gave the page's memory back
         self.in_use = 0
-        items: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "key": ((shape.page_size, shape.head_dim), shape.dtype),
-            "value": ((shape.page_size, shape.head_dim), shape.dtype),
-        }
-        items |= {name: ((shape.page_size,), ENTRY_FIELDS[name]) for name in shape.fields}
         self.arrays = {
-            name: GrowableArray(item, dtype, device, self.max_pages) for name, (item, dtype) in items.items()
+            name: GrowableArray((shape.page_size, *item), dtype, device, self.max_pages)
+            for name, (item, dtype) in shape.arrays.items()
         }
 
     @property
@@ -51,7 +47,7 @@ class PagePool:
         return self.owner.numel()
 
     def slots(self, name: str) -> Tensor:
-        """[P * S, ...] one array of the pool, entry by entry ("key", "value" or a side array)."""
+        """[P * S, ...] one array of the pool, entry by entry: a name of `shape.arrays`."""
         tensor = self.arrays[name].tensor
         return tensor.view(-1, *tensor.shape[2:])
 

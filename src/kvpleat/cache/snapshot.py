@@ -21,14 +21,14 @@ FORMAT = "kvpleat-cache-1"
 
 
 def pack(kv: PagedKVCache) -> dict[str, Tensor]:
-    """The live entries of a cache, streams one after the other: "key" and "value" [n, D], side arrays [n], "lengths"
-    [R, L, H], "queries", and "samples.ROW.LAYER" where a prompt is open."""
-    tensors: dict[str, list[Tensor]] = {"key": [], "value": [], **{name: [] for name in kv.shape.fields}}
+    """The live entries of a cache as its pages hold them, streams one after the other: each of `KVShape.arrays` as
+    [n, ...], "lengths" [R, L, H], "queries", and "samples.ROW.LAYER" where a prompt is open."""
+    tensors: dict[str, list[Tensor]] = {name: [] for name in kv.shape.arrays}
     for row in range(kv.num_rows):
         for layer in range(kv.shape.num_layers):
-            entries = kv.entries(layer, row)
-            for name, content in {"key": entries.keys, "value": entries.values, **entries.fields}.items():
-                tensors[name].append(content[entries.live])
+            content, live = kv.stored(layer, row)
+            for name, tensor in content.items():
+                tensors[name].append(tensor[live])
     packed = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
     samples = {f"samples.{row}.{layer}": tensor for (row, layer), tensor in kv.observed.samples.items()}
     return packed | samples | {"lengths": kv.lengths.clone(), "queries": kv.observed.last.clone()}
@@ -40,8 +40,8 @@ def unpack(kv: PagedKVCache, tensors: dict[str, Tensor]) -> None:
     for row in range(kv.num_rows):
         for layer in range(kv.shape.num_layers):
             counts = lengths[row, layer].tolist()
-            names = ("key", "value", *kv.shape.fields)
-            kv.fill(layer, row, counts, {name: tensors[name][start : start + sum(counts)] for name in names})
+            part = {name: tensors[name][start : start + sum(counts)] for name in kv.shape.arrays}
+            kv.fill(layer, row, counts, part)
             start += sum(counts)
     kv.observed.last.copy_(tensors["queries"])
     for name, tensor in tensors.items():

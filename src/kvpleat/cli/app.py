@@ -30,6 +30,7 @@ def generate(
     policy: options.PolicyName = "attention",
     ratio: options.Ratio = None,
     coverage: options.Coverage = None,
+    bits: options.Bits = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; after the file's, if both are given.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with text to continue.")] = None,
     system: options.System = None,
@@ -47,7 +48,7 @@ def generate(
 ) -> None:
     """Continue a prompt (--prompt, --prompt-file or stdin) with a compressed cache, and say what it took."""
     decoding = options.Decoding(max_new_tokens, temperature, top_p, seed, prefill_chunk)
-    chosen = options.make_policy(policy, ratio, coverage)
+    chosen = options.make_policy(policy, ratio, coverage, bits)
     text = options.read_prompt(prompt, prompt_file)
     loaded = options.load_model(model, dtype, device, trust_remote_code)
     ids = options.encode(loaded, text, system, raw, max_new_tokens)
@@ -98,6 +99,7 @@ def chat(
     policy: options.PolicyName = "attention",
     ratio: options.Ratio = None,
     coverage: options.Coverage = None,
+    bits: options.Bits = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = None,
@@ -110,7 +112,7 @@ def chat(
 ) -> None:
     """Chat over one compressed cache. /report, /save FILE, /load FILE, /reset and /quit are commands."""
     decoding = options.Decoding(max_new_tokens, temperature, top_p, seed, prefill_chunk)
-    chosen = options.make_policy(policy, ratio, coverage)
+    chosen = options.make_policy(policy, ratio, coverage, bits)
     loaded = options.load_model(model, dtype, device, trust_remote_code)
     with Chat(loaded, chosen, decoding, system) as session:
         converse(session, options.policy_label(chosen))
@@ -134,13 +136,14 @@ def explain(
     policy: options.PolicyName = "attention",
     ratio: options.Ratio = None,
     coverage: options.Coverage = None,
+    bits: options.Bits = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Which policy, memory and kernels would run for a model, and why."""
-    chosen = options.make_policy(policy, ratio, coverage)
+    chosen = options.make_policy(policy, ratio, coverage, bits)
     loaded = options.load_model(model, dtype, device, trust_remote_code)
     explanation = explain_model(loaded.model, chosen)
     if as_json:

@@ -71,7 +71,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def make_policy(name: str, ratio: float | None, coverage: float | None) -> Policy:
+def make_policy(name: str, ratio: float | None, coverage: float | None, bits: int | None = None) -> Policy:
     """The policy called `name`. A ratio of 4 is taken where the policy knows ratios and no option was given."""
     registry = policies.registry()
     if name not in registry:
@@ -84,13 +84,13 @@ def make_policy(name: str, ratio: float | None, coverage: float | None) -> Polic
             raise OptionError(f"--{key} {value}: policy {name} has no such option. It takes {takes}.")
     if not given and "ratio" in known:
         given = {"ratio": DEFAULT_RATIO}
-    return policies.from_dict({"name": name, **given})
+    return policies.from_dict({"name": name, "bits": bits, **given})
 
 
 def policy_label(policy: Policy) -> str:
     """A policy in a few words, such as "attention, ratio 4"."""
     options = policy.to_dict()
-    given = [f"{key} {options[key]:g}" for key in ("ratio", "coverage") if options.get(key) is not None]
+    given = [f"{key} {options[key]:g}" for key in ("ratio", "coverage", "bits") if options.get(key) is not None]
     return ", ".join([policy.name, *given])
 
 
@@ -158,6 +158,9 @@ Ratio = Annotated[
     typer.Option(help="Compression ratio: full over compressed bytes, at least 1 (default: 4, unless --coverage)."),
 ]
 Coverage = Annotated[float | None, typer.Option(help="Share of attention to keep, such as 0.98, instead of a ratio.")]
+Bits = Annotated[
+    int | None, typer.Option(help="Bits of a stored number: 8, 6 (keys 8, values 4) or 4 (default: the model's dtype).")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature (default: greedy).")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up this share.")]

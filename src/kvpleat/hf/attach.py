@@ -44,7 +44,7 @@ class Pleated:
     def __init__(self, model: nn.Module, policy: Policy, *, page_size: int = 16, max_pages: int | None = None) -> None:
         self.model: Any = model
         self.policy = policy
-        self.facts: ModelFacts = describe(model, page_size).with_fields(policy.fields)
+        self.facts: ModelFacts = describe(model, page_size).stored_with(policy.fields, policy.bits)
         self._max_pages = max_pages
         self.pool: PagePool  # made on attach
         self.original: str = ""  # the model's own attention implementation

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kvpleat.cache.paged import PagedKVCache
+from kvpleat.cache.pieces import readable, stream_pieces
 from kvpleat.errors import AttachError, UnsupportedError
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.families import sliding_attention
-from kvpleat.kernels import cpu, sdpa
+from kvpleat.kernels import cpu, reference, sdpa
 from kvpleat.policies.base import LayerScores
 from kvpleat.types import Phase, PolicyInput
 
@@ -120,43 +121,25 @@ def _decode_step(
     cache, kv = call.cache, _kv(call)
     positions = torch.tensor(cache.positions, dtype=torch.int32)[:, None]
     kv.append_rows(layer, list(range(kv.num_rows)), key, value, positions)
-    out = torch.empty_like(query)
-    grouped_q = query.view(kv.num_rows, kv.shape.num_kv_heads, kv.shape.group_size, -1)
+    coded = kv.shape.bits is not None
+    asked = reference.spread(query) if coded else query  # what is mixed like the stored keys gives the same products
+    scratch = cpu.scratch_for(asked) if coded else None
+    arrays = readable(kv)
+    out = torch.empty_like(asked)
+    grouped_q = asked.view(kv.num_rows, kv.shape.num_kv_heads, kv.shape.group_size, -1)
     grouped_out = out.view(grouped_q.shape)
     for row, lengths in enumerate(kv.lengths[:, layer].tolist()):
         for head, length in enumerate(lengths):
-            keys, values, bias = _stream_pieces(kv, layer, row, head, length)
-            grouped_out[row, head] = cpu.attend_stream(grouped_q[row, head], keys, values, bias, scale, softcap)
+            keys, values, bias = stream_pieces(arrays, kv.pieces(layer, row, head), length)
+            grouped_out[row, head] = cpu.attend_stream(
+                grouped_q[row, head], keys, values, bias, scale, softcap, scratch
+            )
         kv.observed.observe(layer, row, query[row], cache.positions[row])
         if kv.observed.window and call.phase is Phase.PREFILL:
             kv.observed.sample(layer, row, query[row], cache.positions[row], cache.last_moments[row])
         for moment in call.moments[row]:
             decide(call, layer, row, moment, cache.last_moments[row], scale, softcap)
-    return out
-
-
-def _stream_pieces(
-    kv: PagedKVCache, layer: int, row: int, head: int, length: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-    """Keys, values and log-weights of a stream in at most two pieces: its longest run of pages in place, the rest
-    gathered."""
-    runs = []
-    left = length
-    for first, count in kv.pieces(layer, row, head):
-        runs.append((first, min(count, left)))
-        left -= count
-        if left <= 0:
-            break
-    names = ("key", "value", "log_weight") if "log_weight" in kv.shape.fields else ("key", "value")
-    slots = {name: kv.pool.slots(name) for name in names}
-    longest = max(runs, key=lambda run: run[1])
-    pieces = {name: [array[longest[0] : longest[0] + longest[1]]] for name, array in slots.items()}
-    rest = [run for run in runs if run is not longest]
-    if rest:
-        index = torch.cat([torch.arange(first, first + count) for first, count in rest])
-        for name, array in slots.items():
-            pieces[name].append(array.index_select(0, index))
-    return pieces["key"], pieces["value"], pieces.get("log_weight")
+    return reference.spread(out).to(query.dtype) if coded else out
 
 
 def _attend_row(
@@ -205,7 +188,7 @@ def _attend_segment(
     positions = torch.arange(first, first + q.shape[1], dtype=torch.int32, device=q.device)
     starts = policy.visible_from(positions, kv.shape)
     past = kv.entries(layer, row)
-    kv.append(layer, row, k, v, positions)
+    k, v = kv.append(layer, row, k, v, positions)  # as they are stored, which is what every later query will see
     if past.live.shape[1] == 0 and starts is None and softcap is None:
         return sdpa.attend_causal(q[None], k[None], v[None], scale)[0]
     bias = past.fields.get("log_weight")

@@ -11,6 +11,7 @@ from kvpleat import accounting
 from kvpleat.cache.pages import PagePool
 from kvpleat.hf.families import describe
 from kvpleat.policies.base import Policy
+from kvpleat.types import ENTRY_BITS, KVShape
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Explanation:
 
 def explain(model: nn.Module, policy: Policy, *, page_size: int = 16) -> Explanation:
     """Explain without attaching. Raises UnsupportedError where `compress` would."""
-    facts = describe(model, page_size).with_fields(policy.fields)
+    facts = describe(model, page_size).stored_with(policy.fields, policy.bits)
     shape = facts.shape
     softcap = any(cap is not None for _, cap in facts.logits)
     pool = PagePool(shape, facts.device)
+    coded = shape.bits is not None
     on_cpu = facts.device.type == "cpu"
     reserved = pool.arrays["key"].kind == "reserved"
     side = ", ".join(policy.fields) or "none"
@@ -47,6 +49,7 @@ def explain(model: nn.Module, policy: Policy, *, page_size: int = 16) -> Explana
             "guarantees": policy.guarantees,
             "needs": policy.needs,
             "full cache": f"{accounting.human_bytes(accounting.full_bytes(shape, 1))} per token",
+            "entries": _stored(shape),
             "page": f"{page_size} entries of one stream, {accounting.human_bytes(pool.page_bytes)}; "
             f"side arrays: {side}",
             "pool": "address space reserved, memory backed as it is written and given back by trim()"
@@ -58,8 +61,21 @@ def explain(model: nn.Module, policy: Policy, *, page_size: int = 16) -> Explana
             "prefill": "reference kernel, in float32 (SDPA knows no logit soft cap)"
             if softcap
             else "torch SDPA in blocks of queries",
-            "decode": "CPU kernel over pages in place, one stream after the other"
-            if on_cpu
-            else "gathered pages, torch SDPA",
+            "decode": (
+                "CPU kernel over pages in place, one stream after the other" if on_cpu else "gathered pages, torch SDPA"
+            )
+            + (", numbers made of codes in blocks" if coded and on_cpu else ""),
         }
+    )
+
+
+def _stored(shape: KVShape) -> str:
+    """How entries are stored, in words."""
+    size = f"{accounting.entry_bytes(shape):,} bytes with side arrays, {accounting.full_entry_bytes(shape):,} in full"
+    if shape.bits is None:
+        return f"as the model computes them: {size}"
+    keys, values = ENTRY_BITS[shape.bits]
+    return (
+        f"{shape.bits} bits a number (keys {keys}, values {values}), a scale and a zero each for a key and a value, "
+        f"quantised once, when appended: {size}"
     )

@@ -73,9 +73,9 @@ class ModelFacts:
     max_positions: int
     device: torch.device
 
-    def with_fields(self, fields: tuple[str, ...]) -> "ModelFacts":
-        """The same model with the side arrays a policy needs."""
-        return replace(self, shape=replace(self.shape, fields=fields))
+    def stored_with(self, fields: tuple[str, ...], bits: int | None) -> "ModelFacts":
+        """The same model with entries as a policy wants them stored: its side arrays, and bits of a number."""
+        return replace(self, shape=replace(self.shape, fields=fields, bits=bits))
 
 
 def describe(model: nn.Module, page_size: int = 16) -> ModelFacts:

@@ -3,12 +3,25 @@
 The fast paths beside this file compute the same functions and are compared with it. Shapes: see kvpleat.types.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvpleat.types import Rotary
+from kvpleat.types import SCALE_DTYPE, Rotary
+
+
+class Quantised(NamedTuple):
+    """Vectors in few bits: the number is code * scale + zero, of the vector after `spread`.
+
+    codes: [..., D * bits / 8] uint8. With 4 bits byte c holds channel c (low half) and channel c + D / 2 (high half).
+    steps: [..., 2] scale and zero of each vector, SCALE_DTYPE.
+    """
+
+    codes: Tensor
+    steps: Tensor
 
 
 def attend(
@@ -114,3 +127,56 @@ def merge_into(
         return torch.where((count > 1)[..., None], out.to(x.dtype), x)
 
     return mean(keys, rotate(keys, distance, rotary)), mean(values, values.float())
+
+
+def spread(x: Tensor) -> Tensor:
+    """Mix the channels of [..., D] by a fixed matrix that is orthogonal and its own inverse: [..., D] float32 (float64
+    stays float64).
+
+    Products of two vectors do not change when both are mixed, and mixing twice changes nothing. A channel that is
+    large in every key, as models have them, is shared out, so that it does not widen the steps of all others (QuaRot,
+    arXiv 2404.00456).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x @ _hadamard(x.shape[-1], x.dtype, x.device)
+
+
+@functools.cache
+@torch.inference_mode(False)  # tensors made in that mode could not be used everywhere outside it
+def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size, size]: Sylvester's Hadamard matrix of the largest power of two that divides `size`, in blocks along the
+    diagonal: where `size` is no power of two, channels are mixed with their neighbours only."""
+    block = torch.ones(1, 1, dtype=torch.float64)
+    while size % (2 * block.shape[0]) == 0:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)]) / math.sqrt(2)
+    matrix: Tensor = torch.block_diag(*[block] * (size // block.shape[0]))
+    return matrix.to(device, dtype)
+
+
+def quantize(x: Tensor, bits: int) -> Quantised:
+    """Vectors [..., D] as codes of 8 or 4 bits, each vector with steps of its own from its smallest number to its
+    largest.
+
+    A number is off by at most half a step after `spread`. Zero is rounded down and the scale up, so that nothing is cut
+    off. NaN or infinity anywhere makes the whole vector NaN.
+    """
+    mixed = spread(x)
+    low, high = torch.aminmax(mixed, dim=-1)
+    wider = torch.finfo(SCALE_DTYPE).eps  # more than rounding to nearest can take away
+    zero = (low - low.abs() * wider).to(SCALE_DTYPE)
+    scale = ((high - zero) * ((1 + wider) / (2**bits - 1))).to(SCALE_DTYPE)
+    finest = torch.finfo(torch.float32).tiny  # a vector of zeros has no steps
+    codes = (mixed - zero[..., None]) / scale[..., None].clamp(min=finest)
+    codes = codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    if bits == 4:
+        half = codes.shape[-1] // 2
+        codes = codes[..., :half] | (codes[..., half:] << 4)
+    return Quantised(codes, torch.stack([scale, zero], dim=-1))
+
+
+def dequantize(x: Quantised, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """The vectors that codes stand for: [..., D] in `dtype`, computed in float32 or wider."""
+    codes = x.codes if x.codes.shape[-1] == head_dim else torch.cat([x.codes & 15, x.codes >> 4], dim=-1)
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, zero = x.steps.to(wide).split(1, dim=-1)
+    return spread(codes.to(wide) * scale + zero).to(dtype)

@@ -76,6 +76,7 @@ class AttentionScore(Policy):
     uses_prompt_end: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.ratio is None) == (self.coverage is None):
             raise OptionError(
                 f"AttentionScore(ratio={self.ratio}, coverage={self.coverage}): exactly one of the two says how much "

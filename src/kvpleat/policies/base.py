@@ -3,12 +3,12 @@ memory.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kvpleat.types import Decision, KVShape, Phase, PolicyInput
+from kvpleat.types import Decision, KVShape, Phase, PolicyInput, check_bits
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,13 @@ class Policy(ABC):
 
     A moment is a token index m of a row: once m tokens of the row went through a layer, the layer's streams are decided
     on. Moments follow from token indices and from where prompts end, never from how a caller cuts its chunks.
+
+    Args:
+        bits: bits of a stored number, a mean over keys and values: 8, 6 (keys 8, values 4) or 4; None: the model's
+            dtype. The cache stores entries so, and budgets count the bytes that remain.
     """
+
+    bits: int | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -26,6 +32,9 @@ class Policy(ABC):
     fields: ClassVar[tuple[str, ...]] = ()
     observation_window = 0  # last queries of each row and layer that `decide` wants to see (W)
     uses_prompt_end: ClassVar[bool] = False  # whether the end of a prompt is a moment too
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
 
     @property
     def num_sinks(self) -> int:

@@ -40,6 +40,7 @@ class Window(Policy):
     fields: ClassVar[tuple[str, ...]] = ("position",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.ratio is None) == (self.budget is None):
             raise OptionError(
                 f"Window(ratio={self.ratio}, budget={self.budget}): exactly one of the two says how much to keep. Pass "
