@@ -57,7 +57,7 @@ def test_a_system_that_does_not_say_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_the_process_grows_by_the_tensors() -> None:
     """DynamicCache: growth from 1,024 to 2,048 tokens is the tensors' within 2%, and so is the figure at 2,048.
 
-    AttentionScore: never less than it claims; what it gives back on request leaves the claim, within 5% and 1 MiB.
+    AttentionScore: once it has given back what it holds in free pages, what it says it allocated, within 2%.
     """
     ids = torch.randint(1000, 40_000, (1, 2048), generator=torch.Generator().manual_seed(0))
     options = {"dtype": "float32", "device": "cpu"}
@@ -67,5 +67,5 @@ def test_the_process_grows_by_the_tensors() -> None:
     assert whole["process_bytes"] - half["process_bytes"] == pytest.approx(1024 * 30 * 3 * 2 * 64 * 4, rel=0.02)
     ours = process_memory("smollm2-135m", "attention:ratio=4", ids, **options)
     assert ours["full_bytes"] == whole["full_bytes"]
-    assert ours["process_bytes"] > 0.95 * ours["claimed_bytes"]
-    assert ours["trimmed_bytes"] == pytest.approx(ours["allocated_bytes"], rel=0.05, abs=2**20)
+    assert ours["process_bytes"] >= ours["trimmed_bytes"]
+    assert ours["trimmed_bytes"] == pytest.approx(ours["allocated_bytes"], rel=0.02)

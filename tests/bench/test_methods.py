@@ -208,10 +208,9 @@ def test_worker_without_compression_is_the_reference(
 def test_worker_keeps_positions_and_counts_bytes(
     stand_in: Path, saved: LoadedModel, loaded: LoadedModel, ids: torch.Tensor
 ) -> None:
-    """The latest quarter of the prompt and all that follows, at their old positions: a masked forward gives the same."""
+    """The latest quarter of the prompt and all that follows, where they were: a masked forward gives the same."""
     got, memory = run(methods.parse("streaming:ratio=4"), saved, ids)
     start = PROMPT - PROMPT // 4
-    expected = []
     total = PROMPT + MORE
     visible = torch.ones(total, total, dtype=torch.bool).tril()
     visible[PROMPT:, :start] = False  # the prompt's own queries saw everything

@@ -58,10 +58,12 @@ def test_live_bytes_by_hand() -> None:
     shape = KVShape(2, 2, 4, 4, torch.float32)
     full = 2 * 10 * 4 * 32
     kept = [[10.0, 4.0], [7.5, 0.0]]
-    assert floor.live_bytes(Memory(full, 1234, 999, kept), shape, rows=2, tokens=10) == 2 * 21.5 * 32
-    assert floor.live_bytes(Memory(full, 1234, 999), shape, rows=2, tokens=10) == 1234
-    with_sliding = floor.live_bytes(Memory(full + 500, 1234, 999, kept), shape, rows=2, tokens=10)
+    assert floor.live_bytes(Memory(full, 1234, 9999, kept), shape, rows=2, tokens=10) == 2 * 21.5 * 32
+    assert floor.live_bytes(Memory(full, 1234, 9999), shape, rows=2, tokens=10) == 1234
+    with_sliding = floor.live_bytes(Memory(full + 500, 1234, 9999, kept), shape, rows=2, tokens=10)
     assert with_sliding == 2 * 21.5 * 32 + 500
+    fewer_bits = floor.live_bytes(Memory(full, 1234, 400, kept), shape, rows=2, tokens=10)
+    assert fewer_bits == 400
 
 
 def test_weights_that_a_step_reads() -> None:

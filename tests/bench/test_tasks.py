@@ -253,7 +253,7 @@ def test_sampling_by_hand() -> None:
     for draw, token in ((0.0, 1), (0.49 / kept, 1), (0.51 / kept, 0), (0.79 / kept, 0), (0.81 / kept, 3), (0.999, 3)):
         assert sample(logits, draw) == token
     counts = Counter(sample(logits, (i + 0.5) / 960) for i in range(960))
-    assert {token: count for token, count in counts.items()} == {1: 500, 0: 300, 3: 160}
+    assert dict(counts) == {1: 500, 0: 300, 3: 160}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def weights_read(model: Any) -> int:
 
 
 def live_bytes(memory: Memory, shape: KVShape, rows: int, tokens: int) -> int:
-    """Bytes of the entries that attention can read: those of the full cache less what was evicted.
+    """Bytes of the entries that attention can read: those of the full cache less what was evicted, but never more than
+    the method claims to keep (entries of fewer bits are smaller than those of a full cache).
 
     Args:
         memory: of a session that has seen `tokens` tokens in each of `rows` rows. Where it does not say what each head
@@ -55,4 +56,4 @@ def live_bytes(memory: Memory, shape: KVShape, rows: int, tokens: int) -> int:
     if memory.kept is None:
         return memory.allocated_bytes
     evicted = sum(tokens - kept for layer in memory.kept for kept in layer)
-    return memory.full_bytes - round(rows * evicted * full_entry_bytes(shape))
+    return min(memory.full_bytes - round(rows * evicted * full_entry_bytes(shape)), memory.claimed_bytes)

@@ -23,7 +23,7 @@ from kvpleat.hf.models import LoadedModel
 
 POLICIES = "full,window:ratio=4,attention:ratio=4,random:ratio=4"
 WIDTH = 150  # of the tables; narrower ones lose their figures
-QUICK = ("continuation,passkey,qa", "1024", 2, 1)  # tasks, lengths, count, depths: three minutes on two cores
+QUICK = ("continuation,passkey", "1024", 2, 1, "after")  # tasks, lengths, count, depths, forms: three minutes
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def eval_(
         _print_names()
         return
     if quick:
-        task, lengths, count, depths = QUICK
+        task, lengths, count, depths, forms = QUICK
     judged = with_reference(methods.parse_list(policy))
     chosen = tasks.parse_list(task)
     loaded = options.load_model(model, dtype, device, False)

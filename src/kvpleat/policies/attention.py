@@ -56,7 +56,7 @@ class AttentionScore(Policy):
     coverage: float | None = None
     sinks: int = 4
     recent: float = 0.25
-    observation_window: int = 32
+    observation_window: int = 16
     question_window: int = 16
     smoothing: int = 15
     foresight: float = 1.0

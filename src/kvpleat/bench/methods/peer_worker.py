@@ -45,7 +45,9 @@ class Host:
         if op == "hello":
             return {"versions": {name: version(name) for name in ("kvpress", "transformers", "torch")}}, None
         if op == "timing":
-            return {"timing": {**self.timing, **process_bytes(self.model.device, request["reset_peak"])}}, None
+            return {"timing": self.timing}, None
+        if op == "process":
+            return {"process": process_bytes(self.model.device, request["reset_peak"])}, None
         if op == "open":
             session = Session(self, make_press(request["press"], self.model), request["eager"])
             return self._keep(session), None
@@ -189,7 +191,7 @@ def make_press(request: dict[str, Any], model: Any) -> Any:
     return kvpress.AdaKVPress(press)
 
 
-def process_bytes(device: torch.device, reset_peak: bool = False) -> dict[str, float]:
+def process_bytes(device: torch.device, reset_peak: bool = False) -> dict[str, int]:
     """Memory of this process now and at its peak: torch's allocator on a GPU, resident pages on a CPU (Linux).
 
     Now counts anonymous pages only: those of files (libraries) come and go with what else the machine does. Of the peak

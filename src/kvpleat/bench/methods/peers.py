@@ -121,14 +121,15 @@ class PeerSession(Session):
         answer, _ = self._worker.ask({"op": "memory", "session": self._number})
         return Memory(**answer["memory"])
 
-    def timing(self, *, reset_peak: bool = False) -> dict[str, float]:
-        """Seconds of the last prefill or decode inside the worker, and its process's bytes now and at peak.
-
-        Args:
-            reset_peak: the next peak counts from now on.
-        """
-        answer, _ = self._worker.ask({"op": "timing", "reset_peak": reset_peak})
+    def timing(self) -> dict[str, float]:
+        """{"seconds": of the last prefill or decode inside the worker}."""
+        answer, _ = self._worker.ask({"op": "timing"})
         return dict(answer["timing"])
+
+    def process_bytes(self, *, reset_peak: bool = False) -> dict[str, int]:
+        """Bytes of the worker's process now and at peak: see peer_worker.process_bytes."""
+        answer, _ = self._worker.ask({"op": "process", "reset_peak": reset_peak})
+        return dict(answer["process"])
 
     def close(self) -> None:
         self._worker.ask({"op": "close", "session": self._number})
