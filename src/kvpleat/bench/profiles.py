@@ -10,7 +10,7 @@ import torch
 
 from kvpleat.bench.metrics import Interval, bootstrap_mean
 from kvpleat.bench.records import Record
-from kvpleat.bench.summary import BYTES
+from kvpleat.bench.summary import BYTES, held
 from kvpleat.errors import OptionError
 
 CHUNK = 64  # tokens that each kl_N of a generation sums over; the last one may hold fewer
@@ -21,6 +21,8 @@ class MemoryRow:
     """Memory of one method over all items of the quality tasks (sums of bytes), and as its process measured it.
 
     Args:
+        full_bytes, allocated_bytes, claimed_bytes: right after the prompts. end_full_bytes, end_allocated_bytes: at the
+            ends of the items.
         process: mean scores of the task "memory" at its greatest length: "length", "process_bytes", "peak_bytes",
             "claimed_bytes", "full_bytes", "weights_bytes"; empty where it did not run.
     """
@@ -30,6 +32,8 @@ class MemoryRow:
     full_bytes: float = 0.0
     allocated_bytes: float = 0.0
     claimed_bytes: float = 0.0
+    end_full_bytes: float = 0.0
+    end_allocated_bytes: float = 0.0
     process: dict[str, float] = field(default_factory=dict)
 
 
@@ -44,7 +48,9 @@ def memory_rows(records: Iterable[Record]) -> list[MemoryRow]:
             processes[key][record.group.get("length", 0)].append(record)
         else:
             for name in BYTES:
-                setattr(row, name, getattr(row, name) + record.memory.get(name, 0))
+                setattr(row, name, getattr(row, name) + held(record).get(name, 0))
+            row.end_full_bytes += record.memory.get("full_bytes", 0)
+            row.end_allocated_bytes += record.memory.get("allocated_bytes", 0)
     for key, lengths in processes.items():
         longest = lengths[max(lengths)]
         rows[key].process = {name: fmean(r.scores[name] for r in longest) for name in longest[0].scores}

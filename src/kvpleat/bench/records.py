@@ -107,7 +107,9 @@ def describe_run(kind: str, loaded: LoadedModel, settings: dict[str, Any], metho
         settings=settings,
         model={
             "name": loaded.name,
-            "source": loaded.source.replace(str(Path.home()), "~"),  # files are shared; a home folder is nobody's business
+            "source": loaded.source.replace(
+                str(Path.home()), "~"
+            ),  # files are shared; a home folder is nobody's business
             "family": facts.family,
             "dtype": str(facts.shape.dtype).removeprefix("torch."),
             "parameters": parameters,

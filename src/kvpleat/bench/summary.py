@@ -81,7 +81,9 @@ class Row:
         value: with its 95% interval; an interval of fewer than two units says nothing (`certain` is False).
         difference: method minus reference on the items of both (perplexity: relative), or None: it is the reference,
             there is none, or both count different tokens.
-        full_bytes, allocated_bytes, claimed_bytes: mean over the items, at the end of each.
+        full_bytes, allocated_bytes, claimed_bytes: mean over the items, right after each one's prompt (at its end where
+            there is no prompt). Methods are compared there: it is where all of them compress and what a ratio is asked
+            for. What kvpress's presses append afterwards, uncompressed, is in their favour.
     """
 
     task: str
@@ -128,7 +130,7 @@ def summarize(
     for (task, group, weights, method), cell in cells.items():
         at = (task, group, reference_weights or weights, reference)
         base = [] if at[2:] == (weights, method) else cells.get(at, [])
-        memory = {name: _mean(r.memory.get(name, 0) for r in cell) for name in BYTES}
+        memory = {name: _mean(held(r).get(name, 0) for r in cell) for name in BYTES}
         for metric in metrics_of(cell):
             sums = _sums(cell, metric)
             value = _figure(metric, bootstrap_mean(*_columns(sums)))
@@ -136,6 +138,12 @@ def summarize(
             change = difference(cell, base, metric)
             rows.append(Row(task, group, weights, method, metric, items, len(sums), value, change, **memory))
     return rows
+
+
+def held(record: Record) -> dict[str, Any]:
+    """Bytes right after the record's prompt, or at its end where nothing was noted before."""
+    at: dict[str, Any] = record.memory.get("prompt", record.memory)
+    return at
 
 
 BYTES = ("full_bytes", "allocated_bytes", "claimed_bytes")

@@ -56,14 +56,15 @@ def memory_table(records: Sequence[Record], results: Results) -> Table | None:
     if not rows:
         return None
     measured = any(row.process for row in rows.values())
-    heads = ["method", "storage", "ratio asked", "claimed", "allocated"]
+    heads = ["method", "storage", "ratio asked", "claimed", "allocated", "at the end"]
     table = Table("Memory", [*heads, *(["process", "process ratio", "peak"] if measured else [])])
     ratios = {spec: row.full_bytes / (row.allocated_bytes or 1) for spec, row in rows.items()}
     for spec in ordered(results, list(rows), ratios):
         table.rows.append((*_name(results, spec), _memory_cells(results, rows[spec], measured)))
     table.note = (
-        "Ratios are full bytes over bytes held, sums over all items at their ends. Allocated: storage of the tensors "
-        "that the cache really holds, overhead included. Claimed: what the method says it keeps."
+        "Ratios are full bytes over bytes held, sums over all items right after their prompts; at the end: once the "
+        "answer or continuation followed, which kvpress leaves uncompressed. Allocated: storage of the tensors that "
+        "the cache really holds, overhead included. Claimed: what the method says it keeps."
     )
     lengths = {row.process["length"] for row in rows.values() if row.process}
     if lengths:
@@ -79,6 +80,7 @@ def _memory_cells(results: Results, row: MemoryRow, measured: bool) -> list[Cell
         Cell(asked_text(results, row.method)),
         Cell(ratio_text(row.full_bytes, row.claimed_bytes), css="struck" if masked else ""),
         Cell(ratio_text(row.full_bytes, row.allocated_bytes)),
+        Cell(ratio_text(row.end_full_bytes, row.end_allocated_bytes)),
     ]
     if measured:
         held, peak = (row.process.get(name) for name in ("process_bytes", "peak_bytes"))
