@@ -69,6 +69,8 @@ METRICS = (
 # The metric that a verdict goes by. Perplexity of what a method wrote itself rewards repetition; KL does not.
 PRIMARY = ("accuracy", "found", "f1", "perplexity", "kl")
 PRIMARY_OF = {"generation": ("kl",), "drift": ("kl",)}
+# The true next tokens of one text are a noisy witness: the distance to the full model's distributions has a verdict too.
+ALSO_JUDGED = {("continuation", "kl")}
 
 
 @dataclass(frozen=True)
@@ -233,15 +235,18 @@ class Verdict:
 
 
 def verdicts(records: Iterable[Record], ratios: Iterable[float], by: Sequence[str] = ("form",)) -> list[Verdict]:
-    """The best method by each task's primary metric at each ratio, by really allocated bytes. The reference is none.
+    """The best method by each task's metric (continuation: two) at each ratio, by really allocated bytes. The reference is none.
 
     Args:
         records: of one kind of weights.
     """
     records = [record for record in records if record.method != REFERENCE]
-    measures: dict[tuple[str, Group], list[Row]] = defaultdict(list)
-    for row in primary_rows(summarize(records, by)):
-        measures[row.task, row.group].append(row)
+    measures: dict[tuple[str, Group, str], list[Row]] = defaultdict(list)
+    rows = summarize(records, by)
+    primary = primary_rows(rows)
+    for row in rows:
+        if row in primary or (row.task, row.metric.name) in ALSO_JUDGED:
+            measures[row.task, row.group, row.metric.name].append(row)
     found = []
     every = _cells(records, by)
     for rows in measures.values():

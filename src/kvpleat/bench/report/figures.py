@@ -105,6 +105,17 @@ def quality_tables(records: Sequence[Record], results: Results) -> list[Table]:
     return tables
 
 
+def breakdown_tables(records: Sequence[Record], results: Results) -> list[Table]:
+    """Perplexity of continuations by length and by kind of text, where there are several."""
+    continuations = [record for record in records if record.task == "continuation"]
+    tables = []
+    for key, title in (("length", "Continuing a text, by length"), ("source", "Continuing a text, by kind of text")):
+        rows = [row for row in summarize(continuations, (key,)) if row.metric.name == "perplexity"]
+        if len({row.group for row in rows}) > 1:
+            tables.append(_quality_table(title, rows, results))
+    return tables
+
+
 def _quality_table(title: str, rows: Sequence[Row], results: Results) -> Table:
     columns = dict.fromkeys((row.task, row.group, row.metric) for row in rows)
     by_place = {(row.method, row.task, row.group, row.metric): row for row in rows}
@@ -153,7 +164,7 @@ def verdict_lines(found: Sequence[Verdict], results: Results) -> list[tuple[str,
         for spec, count in wins.most_common(MOST_NAMES):
             verb = "" if parts else "is best "
             parts.append(
-                f"{results.label(spec)} {verb}in {count}" + (f" ({clear[spec]} clearly)" if clear[spec] else "")
+                f"{results.label(spec)} {verb}in {count}" + f" ({clear[spec] or 'none'} clearly)"
             )
         if len(wins) > MOST_NAMES:
             parts.append(f"{len(wins) - MOST_NAMES} more in up to {wins.most_common()[MOST_NAMES][1]}")

@@ -41,6 +41,7 @@ def tables(results: Results) -> list[Table]:
         *([figures.verdict_table(found, results)] if found else []),
         *([memory] if memory else []),
         *figures.quality_tables(records, results),
+        *figures.breakdown_tables(records, results),
         *figures.weights_tables(results),
         *(speed.speed_table(bench, results) for bench in results.benches if bench.records),
     ]
@@ -64,6 +65,7 @@ def _sections(results: Results) -> list[Html]:
     plots = quality.against_memory(records, results, found)
     memory = figures.memory_table(records, results)
     shown = [*([memory] if memory else []), *figures.quality_tables(records, results)]
+    shown += figures.breakdown_tables(records, results)
     ratio = common_ratio(results)
     at = f"In colour: methods at ratio {ratio:g}, or those without one. {DIMMED}" if ratio else ""
     return [
