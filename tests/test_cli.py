@@ -198,12 +198,18 @@ def test_flags_are_a_decision() -> None:
     """New options must be added here too: a flag is a promise."""
     common = {"--model", "--policy", "--ratio", "--coverage", "--bits", "--dtype", "--device", "--trust-remote-code"}
     decoding = {"--system", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--prefill-chunk"}
+    run = {"--model", "--policy", "--data", "--seed", "--dtype", "--device", "--out"}
     known = {
         "generate": common | decoding | {"--prompt", "--prompt-file", "--raw", "--compare", "--json"},
         "chat": common | decoding,
         "explain": common | {"--json"},
         "policies": {"--json"},
         "models": {"--json"},
+        "eval": run
+        | {"--tasks", "--lengths", "--count", "--depths", "--forms", "--qa-data", "--multiturn-data", "--sources"}
+        | {"--weights", "--lm-eval", "--lm-eval-path", "--quick", "--shard", "--list"},
+        "bench": run | {"--batch", "--context", "--steps", "--warmup", "--repeats"},
+        "report": {"files", "--out", "--markdown"},
     }
     group: Any = get_command(app)
     found = {name: {flag for p in command.params for flag in p.opts} for name, command in group.commands.items()}

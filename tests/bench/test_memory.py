@@ -1,5 +1,7 @@
 """Process memory: what a method really takes, against tensors whose size is known."""
 
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,19 @@ def test_what_the_process_says_when_it_fails(tiny_folder: Path) -> None:
     ids = torch.randint(6, 60, (1, 40))
     with pytest.raises(JudgeError, match="nonsense"):
         process_memory(str(tiny_folder), "nonsense", ids, dtype="float32", device="cpu")
+
+
+@needs_linux
+@pytest.mark.parametrize(("number", "blames_memory"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
+def test_only_a_killed_process_is_said_to_lack_memory(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, blames_memory: bool
+) -> None:
+    """Linux kills what outgrows memory; any other signal came from somebody."""
+    ended = subprocess.CompletedProcess([], -number, "", "")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(JudgeError, match=f"signal {int(number)}") as raised:
+        process_memory("any", "dynamic", torch.zeros(1, 2), dtype="float32", device="cpu")
+    assert ("lack of memory" in str(raised.value)) == blames_memory
 
 
 def test_a_system_that_does_not_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

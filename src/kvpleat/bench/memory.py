@@ -17,6 +17,7 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,8 +88,9 @@ def process_memory(
         check=False,
     )
     if done.returncode:
-        killed = f"signal {-done.returncode}, most likely for lack of memory"
-        why = killed if done.returncode < 0 else _last(done.stderr)
+        why = _last(done.stderr) if done.returncode > 0 else f"it was ended by signal {-done.returncode}"
+        if done.returncode == -signal.SIGKILL:
+            why += ", most likely for lack of memory"
         raise JudgeError(
             f"The process that measured the memory of {spec} with {ids.shape[0]} x {ids.shape[1]} tokens ended: {why}. "
             "Pass fewer tokens or rows, or leave the method out."
