@@ -1,6 +1,7 @@
 """The meter, against numbers worked out by hand."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -170,3 +171,16 @@ def test_full_is_never_a_saving() -> None:
             assert report.allocated_bytes >= report.live_bytes > 0
             assert report.peak_allocated_bytes >= report.allocated_bytes
         assert run(model, Full(), length).compression_ratio <= 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back one by one on Linux")
+def test_memory_is_back_when_the_prompt_ends() -> None:
+    """What chunks needed on their way is the system's again: nothing is left to trim, and the entries are unharmed."""
+    model, ids = models.tiny("llama"), models.prompt(400)
+    with compress(model, AttentionScore(ratio=4.0)) as pleated:
+        cache = pleated.new_cache()
+        logits = pleated.prefill(ids, cache=cache, chunk_size=100)
+        assert pleated.pool.num_pages > pleated.pool.in_use  # there was something to give back
+        assert cache.trim() == 0
+        whole = pleated.prefill(ids, cache=pleated.new_cache())
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-3)

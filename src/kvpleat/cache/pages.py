@@ -76,13 +76,18 @@ class PagePool:
         self.owner[pages.long()] = FREE
         self.in_use -= pages.numel()
 
+    @property
+    def shrinks_in_place(self) -> bool:
+        """Whether `trim` gives pages back one by one (Linux CPU), without copying what stays."""
+        return self.arrays["key"].kind == "reserved"
+
     @torch.inference_mode(False)
     def trim(self) -> int:
         """Give the memory of free pages back to the system. Returns the bytes given back.
 
         Only reserved arrays (Linux CPU) can do it page by page; others give back the free tail of the pool.
         """
-        if self.arrays["key"].kind == "reserved":
+        if self.shrinks_in_place:
             idle = torch.nonzero((self.owner == FREE) & self.backed).squeeze(1)
             self.backed[idle] = False
             return sum(

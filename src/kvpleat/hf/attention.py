@@ -275,6 +275,8 @@ def finish(call: ForwardCall) -> None:
         if moments:
             cache.last_moments[row] = moments[-1]
         cache.positions[row] += call.num_tokens[row]
+    if call.ends_prompt and kv.pool.shrinks_in_place:
+        kv.pool.trim()  # what the prompt needed on its way goes back to the system, not only to the pool
 
 
 def _kv(call: ForwardCall) -> PagedKVCache:
