@@ -1,4 +1,4 @@
-"""`kvpleat eval` from the outside: what it lists, what it refuses, and what lm-eval's tasks and weights leave in a file."""
+"""`kvpleat eval` from the outside: what it lists and refuses, and what lm-eval's tasks and weights leave in a file."""
 
 import json
 from pathlib import Path

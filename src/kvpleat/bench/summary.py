@@ -69,7 +69,7 @@ METRICS = (
 # The metric that a verdict goes by. Perplexity of what a method wrote itself rewards repetition; KL does not.
 PRIMARY = ("accuracy", "found", "f1", "perplexity", "kl")
 PRIMARY_OF = {"generation": ("kl",), "drift": ("kl",)}
-# The true next tokens of one text are a noisy witness: the distance to the full model's distributions has a verdict too.
+# The true next tokens of one text are a noisy witness: the distance to the full model's distributions is judged too.
 ALSO_JUDGED = {("continuation", "kl")}
 
 
@@ -235,7 +235,8 @@ class Verdict:
 
 
 def verdicts(records: Iterable[Record], ratios: Iterable[float], by: Sequence[str] = ("form",)) -> list[Verdict]:
-    """The best method by each task's metric (continuation: two) at each ratio, by really allocated bytes. The reference is none.
+    """The best method by each task's metric (continuation: two) at each ratio, by really allocated bytes, without the
+    reference.
 
     Args:
         records: of one kind of weights.

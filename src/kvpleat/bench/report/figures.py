@@ -163,9 +163,7 @@ def verdict_lines(found: Sequence[Verdict], results: Results) -> list[tuple[str,
         parts: list[str] = []
         for spec, count in wins.most_common(MOST_NAMES):
             verb = "" if parts else "is best "
-            parts.append(
-                f"{results.label(spec)} {verb}in {count}" + f" ({clear[spec] or 'none'} clearly)"
-            )
+            parts.append(f"{results.label(spec)} {verb}in {count}" + f" ({clear[spec] or 'none'} clearly)")
         if len(wins) > MOST_NAMES:
             parts.append(f"{len(wins) - MOST_NAMES} more in up to {wins.most_common()[MOST_NAMES][1]}")
         many = "measure" if len(mine) == 1 else "measures"
