@@ -10,6 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,7 @@ class Interval:
     high: float
 
 
+@lru_cache(maxsize=8)  # every figure of a report resamples the same few numbers of items
 def _picks(count: int, samples: int, seed: int) -> Tensor:
     """[samples, count] items drawn with replacement."""
     return torch.randint(count, (samples, count), generator=torch.Generator().manual_seed(seed))
