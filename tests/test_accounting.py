@@ -91,6 +91,10 @@ def test_tensor_bytes() -> None:
 def test_budget_arithmetic() -> None:
     """ratio 4 at 1,000 tokens: 192,000 bytes, 90 pages of 2,112."""
     assert allowed_pages(shape(fields=("position",)), 1000, 4.0) == 90
+    # 30,000 bytes beside: 162,000 left for pages of 2,112 + 8; never more than a quarter goes there.
+    assert allowed_pages(shape(fields=("position",)), 1000, 4.0, beside=30_000) == 76
+    assert allowed_pages(shape(fields=("position",)), 1000, 4.0, beside=10**9) == 67
+    assert accounting.query_bytes(shape(), 16) == 3 * 6 * 16 * 16 * 4
     assert [pages_for(n, 16) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
     assert [next_multiple(n, 16) for n in (0, 15, 16, 17)] == [16, 16, 32, 32]
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kvpleat.types import KVShape
 
+PAGE_OVERHEAD = 8  # bytes beside each page: who owns it, and where it stands in the page table
+
 
 def full_entry_bytes(shape: KVShape) -> int:
     """Bytes of one entry in an uncompressed cache: a key and a value in the model's dtype."""
@@ -24,6 +26,11 @@ def entry_bytes(shape: KVShape) -> int:
     """Bytes of one entry in a page: a key and a value as they are stored, with scales and zeros where they are codes,
     and the side arrays the policy asked for."""
     return sum(math.prod(item) * dtype.itemsize for item, dtype in shape.arrays.values())
+
+
+def query_bytes(shape: KVShape, window: int) -> int:
+    """Bytes of the last `window` queries that a policy remembers in every compressed layer of one row."""
+    return shape.num_layers * shape.num_q_heads * window * shape.head_dim * shape.dtype.itemsize
 
 
 def page_bytes(shape: KVShape) -> int:

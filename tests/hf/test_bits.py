@@ -25,8 +25,8 @@ POLICIES: tuple[Policy, ...] = (
     Full(bits=8),
     Full(bits=4),
     Window(budget=48, bits=6),
-    AttentionScore(ratio=10.0, fold=0.2, bits=8),
-    AttentionScore(ratio=10.0, fold=0.3, bits=6),
+    AttentionScore(ratio=7.0, fold=0.2, bits=8),
+    AttentionScore(ratio=7.0, fold=0.3, bits=6),
 )
 
 
@@ -56,7 +56,7 @@ def run(model: Any, policy: Policy, pieces: list[int]) -> tuple[Tensor, dict[str
         cache.expect_prompt(120)
         tokens = models.prompt(LENGTH)
         for size in pieces:
-            logits.append(model(tokens[:, start : start + size], past_key_values=cache).logits[0])
+            logits.append(model(tokens[:, start : start + size], **models.given(cache)).logits[0])
             start += size
     assert start == LENGTH
     return torch.cat(logits), {name: torch.cat(parts, dim=1) for name, parts in appended.items()} | merged
@@ -85,8 +85,8 @@ def test_quantising_is_one_function_with_decode_alone(bits: int) -> None:
     with compress(model, Full(bits=bits)) as pleated, torch.no_grad():
         tokens = models.prompt(40)
         cache = pleated.new_cache()
-        found = torch.cat([model(tokens[:, i : i + 1], past_key_values=cache).logits[0] for i in range(40)])
-        again = model(tokens, past_key_values=pleated.new_cache()).logits[0]
+        found = torch.cat([model(tokens[:, i : i + 1], **models.given(cache)).logits[0] for i in range(40)])
+        again = model(tokens, **models.given(pleated.new_cache())).logits[0]
     exact = model(tokens).logits[0].detach()
     torch.testing.assert_close(found, again, atol=5e-3, rtol=0)
     assert ROUNDING < float((found - exact).abs().max()) < {8: 0.2, 6: 1.5, 4: 2.5}[bits]
@@ -124,7 +124,7 @@ def test_padding_batches_forks_and_files(bits: int, tmp_path: Path) -> None:
         cache.save(tmp_path / "cache.safetensors")
         step = ids[:1, :1]
         twins = [cache, cache.fork(), pleated.load_cache(tmp_path / "cache.safetensors")]
-        logits = [model(step, past_key_values=twin).logits for twin in twins]
+        logits = [model(step, **models.given(twin)).logits for twin in twins]
         assert torch.equal(logits[0], logits[1])
         assert torch.equal(logits[0], logits[2])
     with (

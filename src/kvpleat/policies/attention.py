@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvpleat import accounting
 from kvpleat.errors import NumericsError, OptionError
 from kvpleat.policies import importance
 from kvpleat.policies.base import LayerScores, Policy
@@ -36,8 +37,8 @@ class AttentionScore(Policy):
       finite `slack`, inside a prompt whenever its streams exceed `slack` times their budget, at multiples of 64 tokens.
 
     Args:
-        ratio: compression ratio: allocated bytes stay at or below full / ratio after the prompt, once past the windows.
-            Exactly one of ratio and coverage is given.
+        ratio: compression ratio: allocated bytes, the remembered queries included, stay at or below full / ratio after
+            the prompt, once past the windows. Exactly one of ratio and coverage is given.
         coverage: share of the importance of each stream that stays, between 0 and 1; the ratio then follows the text.
         sinks: first entries that always stay (entries).
         recent: latest entries that always stay, as a share of the budget per stream.
@@ -138,9 +139,9 @@ class AttentionScore(Policy):
         return max(SMALLEST, self._pages(position, shape) * shape.page_size // shape.num_streams)
 
     def _pages(self, position: int, shape: KVShape) -> int:
-        """Pages that all streams of a row may hold together under the ratio contract."""
+        """Pages that all streams of a row may hold together under the ratio contract, beside the remembered queries."""
         assert self.ratio is not None
-        return allowed_pages(shape, position, self.ratio)
+        return allowed_pages(shape, position, self.ratio, accounting.query_bytes(shape, self.observation_window))
 
     # ---- what
 

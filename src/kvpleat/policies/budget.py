@@ -31,10 +31,15 @@ def check_at_least(**options: tuple[float, float]) -> None:
             raise OptionError(f"{name}={value}: must be at least {minimum}. Leave it out for the default.")
 
 
-def allowed_pages(shape: KVShape, tokens: int, ratio: float) -> int:
-    """Pages that all streams of one row may hold together so that full / allocated bytes >= ratio at `tokens`
-    tokens."""
-    return int(accounting.full_bytes(shape, tokens) / ratio) // accounting.page_bytes(shape)
+def allowed_pages(shape: KVShape, tokens: int, ratio: float, beside: int = 0) -> int:
+    """Pages that all streams of one row may hold together so that full / allocated bytes >= ratio at `tokens` tokens.
+
+    Args:
+        beside: bytes that the policy holds beside its pages. They are taken from the budget, a quarter of it at most:
+            a short text would have nothing left.
+    """
+    budget = int(accounting.full_bytes(shape, tokens) / ratio)
+    return (budget - min(beside, budget // 4)) // (accounting.page_bytes(shape) + accounting.PAGE_OVERHEAD)
 
 
 def pages_for(entries: int, page_size: int) -> int:
