@@ -21,7 +21,7 @@ from kvpleat.cli.command import command
 from kvpleat.errors import OptionError
 from kvpleat.hf.models import LoadedModel
 
-POLICIES = "full,window:ratio=4,attention:ratio=4,random:ratio=4"
+POLICIES = "full,window:ratio=4,attention:ratio=4,attention:ratio=4,bits=8,random:ratio=4"
 WIDTH = 150  # of the tables; narrower ones lose their figures
 QUICK = ("continuation,passkey", "1024", 2, 1, "after")  # tasks, lengths, count, depths, forms: three minutes
 
