@@ -1,7 +1,7 @@
 """kvpleat's own policies as methods, and one that is broken on purpose."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -112,8 +112,3 @@ class RandomEviction(Policy):
         noise = torch.rand(inputs.live.shape, generator=generator).to(inputs.live.device)
         ranks = torch.where(inputs.live, noise, -1.0).argsort(dim=1, descending=True).argsort(dim=1)
         return Decision(keep=inputs.live & (ranks < room), reserve=reserve)
-
-
-def pleated_options() -> dict[str, Any]:
-    """Names of the judge's own policies, beside the registry's."""
-    return {RandomEviction.name: RandomEviction}
