@@ -1,8 +1,6 @@
 """Items are what they say, and what is measured on them is what an independent computation gives."""
 
 import json
-import math
-import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -293,9 +291,3 @@ def test_drift_takes_twenty_turns(loaded: LoadedModel) -> None:
     assert [len(item.content.turns) for item in items] == [20, 20]
     with pytest.raises(OptionError, match="do not hold the story"):
         tasks.registry()["drift"].items(Source(loaded, lengths=(2048,), count=2))
-
-
-def test_random_source_is_seeded() -> None:
-    """What `random.Random` is given is a text, which every version of Python seeds alike."""
-    assert random.Random("passkey/4096/0/0").random() == random.Random("passkey/4096/0/0").random()
-    assert math.isfinite(random.Random("x").random())
