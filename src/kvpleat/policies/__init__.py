@@ -6,14 +6,29 @@ from kvpleat.errors import OptionError
 from kvpleat.policies.attention import AttentionScore
 from kvpleat.policies.base import LayerScores, Policy
 from kvpleat.policies.full import Full
+from kvpleat.policies.gates import GateConfig, Gates
+from kvpleat.policies.learned import DMC, DMS, Fold
 from kvpleat.policies.window import Window
 
-__all__ = ["AttentionScore", "Full", "LayerScores", "Policy", "Window", "from_dict", "registry"]
+__all__ = [
+    "DMC",
+    "DMS",
+    "AttentionScore",
+    "Fold",
+    "Full",
+    "GateConfig",
+    "Gates",
+    "LayerScores",
+    "Policy",
+    "Window",
+    "from_dict",
+    "registry",
+]
 
 
 def registry() -> dict[str, type[Policy]]:
     """All policies by name."""
-    return {policy.name: policy for policy in (Full, Window, AttentionScore)}
+    return {policy.name: policy for policy in (Full, Window, AttentionScore, DMS, Fold, DMC)}
 
 
 def from_dict(options: dict[str, Any]) -> Policy:

@@ -1,0 +1,170 @@
+"""Learned policies. A gate's decision about token t governs the entry before it: whether that entry leaves.
+
+One recurrence covers all three. Token t begins with its own key and value; once it is `delay` tokens old it takes over
+the group of the entry before it where that entry was marked:
+
+    X_t = m_t c_t X_{t-1} + b_t x_t        z_t = m_t c_t z_{t-1} + b_t        entry_t = X_t / z_t
+
+with m_t in {0, 1} the decision made at t, the keys x_t before rotation. A marked entry is gone afterwards. DMS
+(arXiv 2506.05345): c = 0, b = 1, so that a marked entry vanishes. DMC (arXiv 2403.09636): c = 1, b learned, delay 0.
+Fold (ours): c learned, b = 1, and log z_t is added to the entry's attention logit.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpleat.errors import OptionError
+from kvpleat.policies.base import Policy
+from kvpleat.policies.gates import GateConfig, Gates
+from kvpleat.types import Decision, KVShape, Phase, PolicyInput
+
+
+class Marks(NamedTuple):
+    """What gates decided about T tokens: [..., T] each, any leading dimensions.
+
+    marked: bool, whether the entry before this one leaves (m). log_carry: float32, log of c where it left something
+    behind, -inf for "nothing"; None: always nothing. weight: float32 (b); None: 1.
+    """
+
+    marked: Tensor
+    log_carry: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class SoftMarks(NamedTuple):
+    """The same while training: [..., T] float32 each, differentiable.
+
+    marked: the decision, hard forward and soft backward, for the ratio. keep_bias: log(1 - p_t), for the logits of the
+    entry before. log_carry, weight: as in Marks, log_carry with log p_t in it.
+    """
+
+    marked: Tensor
+    keep_bias: Tensor
+    log_carry: Tensor | None = None
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Learned(Policy):
+    """Base of the policies whose decisions were learned.
+
+    Args:
+        ratio: which of the gates that come with kvpleat: those trained for this ratio on the model. What is reached
+            depends on the text; the memory report tells.
+        gates: gates, or the name or folder of some, instead of `ratio`.
+    """
+
+    ratio: float | None = None
+    gates: str | Gates | None = None
+
+    biases: ClassVar[tuple[float, ...]]  # what each output of an untrained gate says
+    merges: ClassVar[bool] = False  # whether a marked entry leaves something behind
+    log_size: ClassVar[bool] = False  # whether log z counts in attention
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.ratio is None) == (self.gates is None):
+            raise OptionError(
+                f"{type(self).__name__}(ratio={self.ratio}, gates={self.gates!r}): exactly one of the two says which "
+                "gates decide. Pass ratio=4.0 for gates that come with kvpleat, or gates=NAME_OR_FOLDER."
+            )
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str) -> Self:
+        """The policy with gates that come with kvpleat, by name, or those in a folder."""
+        return cls(gates=Gates.from_pretrained(name_or_folder))
+
+    def moments(self, start: int, stop: int, phase: Phase, last: int, shape: KVShape) -> list[int]:
+        return []  # every token is one
+
+    def decide(self, inputs: PolicyInput) -> Decision | None:
+        return None
+
+    def judge(self, logits: Tensor) -> Marks:
+        """Decisions from a gate's logits [outputs, ..., T]. The first token of a row cannot mark anything: the cache
+        knows which one that is."""
+        raise NotImplementedError
+
+    @classmethod
+    def relax(cls, logits: Tensor, noise: Tensor, temperature: float) -> SoftMarks:
+        """The relaxation of `judge` for training: logits [outputs, ..., T], noise [..., T] logistic."""
+        raise NotImplementedError
+
+
+def _soft(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(noisy logit over the temperature, decision that is hard forward and soft backward)."""
+    noisy = (logits + noise) / temperature
+    soft = torch.sigmoid(noisy)
+    return noisy, (noisy > 0).to(soft.dtype) + soft - soft.detach()
+
+
+@dataclass(frozen=True)
+class DMS(Learned):
+    """Dynamic Memory Sparsification (arXiv 2506.05345): a marked entry leaves once it is `delay` tokens old."""
+
+    name: ClassVar[str] = "dms"
+    summary: ClassVar[str] = "learned eviction: gates mark entries, which leave after a delay"
+    needs: ClassVar[str] = "gates for the model (`kvpleat retrofit` trains them)"
+    guarantees: ClassVar[str] = "the tokens decide alone; the ratio follows the text"
+    biases: ClassVar[tuple[float, ...]] = (-5.0,)
+
+    def judge(self, logits: Tensor) -> Marks:
+        return Marks(logits[0] > 0)
+
+    @classmethod
+    def relax(cls, logits: Tensor, noise: Tensor, temperature: float) -> SoftMarks:
+        noisy, marked = _soft(logits[0], noise, temperature)
+        return SoftMarks(marked, F.logsigmoid(-noisy))
+
+
+@dataclass(frozen=True)
+class Fold(Learned):
+    """Delayed merging: once a marked entry is `delay` tokens old, a learned share of it goes into the entry after it,
+    which then counts for more in attention."""
+
+    name: ClassVar[str] = "fold"
+    summary: ClassVar[str] = "learned merging: gates mark entries, which merge into their successors after a delay"
+    needs: ClassVar[str] = DMS.needs
+    guarantees: ClassVar[str] = DMS.guarantees
+    fields: ClassVar[tuple[str, ...]] = ("log_weight",)
+    biases: ClassVar[tuple[float, ...]] = (-5.0, -3.0)
+    merges: ClassVar[bool] = True
+    log_size: ClassVar[bool] = True
+
+    def judge(self, logits: Tensor) -> Marks:
+        return Marks(logits[0] > 0, F.logsigmoid(logits[1]))
+
+    @classmethod
+    def relax(cls, logits: Tensor, noise: Tensor, temperature: float) -> SoftMarks:
+        noisy, marked = _soft(logits[0], noise, temperature)
+        return SoftMarks(marked, F.logsigmoid(-noisy), F.logsigmoid(noisy) + F.logsigmoid(logits[1]))
+
+
+@dataclass(frozen=True)
+class DMC(Learned):
+    """Dynamic Memory Compression (arXiv 2403.09636): a token opens an entry of its own or merges into the newest one,
+    as a mean with learned weights."""
+
+    name: ClassVar[str] = "dmc"
+    summary: ClassVar[str] = "learned merging: each token opens an entry or merges into the newest"
+    needs: ClassVar[str] = DMS.needs
+    guarantees: ClassVar[str] = DMS.guarantees
+    biases: ClassVar[tuple[float, ...]] = (-5.0, 2.0)
+    merges: ClassVar[bool] = True
+
+    def judge(self, logits: Tensor) -> Marks:
+        return Marks(logits[0] > 0, torch.zeros_like(logits[0]), torch.sigmoid(logits[1]))
+
+    @classmethod
+    def relax(cls, logits: Tensor, noise: Tensor, temperature: float) -> SoftMarks:
+        noisy, marked = _soft(logits[0], noise, temperature)
+        return SoftMarks(marked, F.logsigmoid(-noisy), F.logsigmoid(noisy), torch.sigmoid(logits[1]))
+
+
+def new_gates(policy: type[Learned], *, delay: int, **config: Any) -> Gates:
+    """Untrained gates, which mark next to nothing."""
+    return Gates(GateConfig(method=policy.name, delay=delay, **config), policy.biases)
