@@ -22,7 +22,7 @@ from kvpleat.errors import AttachError, CacheError, UnsupportedError
 from kvpleat.hf import attention, calls, feed
 from kvpleat.hf.attention import IMPLEMENTATION, ForwardCall
 from kvpleat.hf.cache import PleatedCache
-from kvpleat.hf.families import ModelFacts, cache_argument, describe, given_cache
+from kvpleat.hf.families import ModelFacts, base_of, cache_argument, describe, given_cache
 from kvpleat.hf.generate import wrap_generate
 from kvpleat.policies.base import Policy
 from kvpleat.types import Phase
@@ -43,8 +43,9 @@ class Pleated:
 
     def __init__(self, model: nn.Module, policy: Policy, *, page_size: int = 16, max_pages: int | None = None) -> None:
         self.model: Any = model
-        self.policy = policy
-        self.facts: ModelFacts = describe(model, page_size).stored_with(policy.fields, policy.bits)
+        facts = describe(model, page_size)
+        self.policy = policy.for_model(base_of(model, facts))
+        self.facts: ModelFacts = facts.stored_with(self.policy.fields, self.policy.bits)
         self._max_pages = max_pages
         self.pool: PagePool  # made on attach
         self.original: str = ""  # the model's own attention implementation

@@ -124,6 +124,21 @@ def describe(model: nn.Module, page_size: int = 16) -> ModelFacts:
     )
 
 
+def base_of(model: nn.Module, facts: ModelFacts) -> dict[str, Any]:
+    """What tells a model from others as far as gates go: the keys of `kvpleat.policies.gates.BASE`."""
+    config: Any = model.config
+    shape = facts.shape
+    return {
+        "family": facts.family,
+        "num_layers": shape.num_layers,
+        "num_kv_heads": shape.num_kv_heads,
+        "num_q_heads": shape.num_q_heads,
+        "head_dim": shape.head_dim,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+    }
+
+
 def _refuse_features(config: Any, family: str) -> None:
     refused = {
         "is_encoder_decoder": "encoder-decoder attention",

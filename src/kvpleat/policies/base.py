@@ -4,7 +4,7 @@ memory.
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -35,6 +35,13 @@ class Policy(ABC):
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
+
+    def for_model(self, base: dict[str, Any]) -> Self:
+        """This policy as it acts on the model that `base` (see kvpleat.hf.families.base_of) describes.
+
+        Learned policies find and load their gates here.
+        """
+        return self
 
     @property
     def num_sinks(self) -> int:

@@ -2,6 +2,7 @@
 what each token means for each KV head.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvpleat.errors import ModelError, OptionError
 FORMAT = "kvpleat-gates-1"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "gates.safetensors"
 SHIPPED = Path(__file__).parent / "pretrained"  # a folder for each set of gates that comes with kvpleat
+BASE = ("family", "num_layers", "num_kv_heads", "num_q_heads", "head_dim", "hidden_size", "vocab_size")
 METHODS = {"dms": 1, "fold": 2, "dmc": 2}  # method -> numbers a gate gives per token and KV head
 
 
@@ -32,9 +34,8 @@ class GateConfig:
         mlp_size: hidden channels of the gate; None: a linear layer.
         scale: factor on the gate's output before its bias, which makes a small learning rate move decisions.
         ratio: compression ratio the gates were trained for.
-        base: what tells the model apart: family, num_layers, num_kv_heads, num_q_heads, head_dim, hidden_size,
-            vocab_size.
-        training: how they were trained and what was measured, for people.
+        base: what tells the model apart: the keys of BASE, as `kvpleat.hf.families.base_of` reads them.
+        training: how they were trained, for people; under "measured" numbers by name, which `kvpleat policies` shows.
     """
 
     method: str
@@ -62,6 +63,13 @@ class GateConfig:
         """Numbers a gate gives per token and KV head."""
         return METHODS[self.method]
 
+    def misfit(self, base: dict[str, Any]) -> str:
+        """What keeps these gates from the model that `base` describes, in words; empty where they fit."""
+        own = {"num_layers": self.num_layers, "num_kv_heads": self.num_kv_heads, "hidden_size": self.hidden_size}
+        own |= {key: value for key, value in self.base.items() if key in BASE}
+        wrong = [f"{key} {value} (the model has {base[key]})" for key, value in own.items() if base[key] != value]
+        return ", ".join(wrong)
+
 
 class Gates(nn.Module):
     """The gates of all layers.
@@ -82,6 +90,7 @@ class Gates(nn.Module):
         )
         self.outer = nn.ModuleList([nn.Linear(inner or config.hidden_size, size) for _ in range(config.num_layers)])
         with torch.no_grad():
+            layer: Any
             for layer in self.outer:
                 layer.weight.zero_()
                 start = torch.tensor(biases or (0.0,) * config.outputs).repeat_interleave(config.num_kv_heads)
@@ -94,11 +103,26 @@ class Gates(nn.Module):
         """
         x = hidden.float()
         if len(self.inner):
-            inner = self.inner[layer]
+            inner: Any = self.inner[layer]
             x = nn.functional.silu(nn.functional.linear(x, inner.weight.float(), inner.bias.float()))
-        outer = self.outer[layer]
-        logits = nn.functional.linear(x, outer.weight.float()) * self.config.scale + outer.bias.float()
-        return logits.unflatten(-1, (self.config.outputs, self.config.num_kv_heads)).permute(2, 0, 3, 1)
+        outer: Any = self.outer[layer]
+        logits: Tensor = nn.functional.linear(x, outer.weight.float()) * self.config.scale + outer.bias.float()
+        grouped: Tensor = logits.unflatten(-1, (self.config.outputs, self.config.num_kv_heads))
+        return grouped.permute(2, 0, 3, 1)
+
+    def __repr__(self) -> str:
+        config = self.config
+        return f"Gates({self.label!r}: {config.method}, ratio {config.ratio:g}, delay {config.delay})"
+
+    @property
+    def label(self) -> str:
+        """Name or folder they came from; for gates in memory "memory:" and a checksum of them."""
+        if self.source:
+            return self.source
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        return f"memory:{digest.hexdigest()[:12]}"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and gates.safetensors (weights in float16) into `folder`."""
@@ -119,10 +143,7 @@ class Gates(nn.Module):
         folder = SHIPPED / str(name_or_folder)
         folder = folder if folder.is_dir() else Path(name_or_folder).expanduser()
         try:
-            options = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            if options.pop("format", None) != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            gates = cls(GateConfig(**options), source=str(name_or_folder))
+            gates = cls(_read_config(folder), source=str(name_or_folder))
             gates.load_state_dict({k: v.float() for k, v in load_file(folder / WEIGHTS_FILE).items()})
         except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
             raise ModelError(
@@ -132,6 +153,34 @@ class Gates(nn.Module):
         return gates.requires_grad_(False).eval()
 
 
-def shipped() -> list[str]:
-    """Names of the gates that come with kvpleat."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG_FILE}"))
+def _read_config(folder: Path) -> GateConfig:
+    options = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if options.pop("format", None) != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    return GateConfig(**options)
+
+
+def shipped() -> dict[str, GateConfig]:
+    """The gates that come with kvpleat: what they are for, by name."""
+    return {path.parent.name: _read_config(path.parent) for path in sorted(SHIPPED.glob(f"*/{CONFIG_FILE}"))}
+
+
+def find_shipped(method: str, ratio: float, base: dict[str, Any]) -> str:
+    """The name of the gates that come with kvpleat for a method, a ratio (within 1%) and a model.
+
+    Where several fit, the nearest ratio wins, then the shortest name: variants carry a suffix.
+
+    Raises:
+        OptionError: there are none.
+    """
+    fitting = {n: c.ratio for n, c in shipped().items() if c.method == method and not c.misfit(base)}
+    near = {name: abs(found / ratio - 1.0) for name, found in fitting.items() if abs(found / ratio - 1.0) <= 0.01}
+    if near:
+        return min(near, key=lambda name: (near[name], len(name), name))
+    ratios = ", ".join(f"{found:g}" for found in sorted(set(fitting.values())))
+    raise OptionError(
+        f"{method} with ratio={ratio:g}: no such gates come with kvpleat for this model ({base['family']}, "
+        f"{base['num_layers']} layers of {base['num_kv_heads']} KV heads, hidden size {base['hidden_size']}). There "
+        f"are {f'some for ratio {ratios}' if ratios else 'none at any ratio'}. Train gates with `kvpleat retrofit` and "
+        "pass gates=FOLDER."
+    )

@@ -10,7 +10,7 @@ with m_t in {0, 1} the decision made at t, the keys x_t before rotation. A marke
 Fold (ours): c learned, b = 1, and log z_t is added to the entry's attention logit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kvpleat.errors import OptionError
 from kvpleat.policies.base import Policy
-from kvpleat.policies.gates import GateConfig, Gates
+from kvpleat.policies.budget import check_ratio
+from kvpleat.policies.gates import GateConfig, Gates, find_shipped
 from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 
 
@@ -72,11 +73,45 @@ class Learned(Policy):
                 f"{type(self).__name__}(ratio={self.ratio}, gates={self.gates!r}): exactly one of the two says which "
                 "gates decide. Pass ratio=4.0 for gates that come with kvpleat, or gates=NAME_OR_FOLDER."
             )
+        check_ratio(self.ratio)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str) -> Self:
         """The policy with gates that come with kvpleat, by name, or those in a folder."""
         return cls(gates=Gates.from_pretrained(name_or_folder))
+
+    def for_model(self, base: dict[str, Any]) -> Self:
+        """The same policy with its gates loaded.
+
+        Raises:
+            OptionError: the gates are for another policy or model, or none come with kvpleat for it and the ratio.
+            ModelError: gates cannot be loaded.
+        """
+        gates = self.gates
+        if gates is None:
+            assert self.ratio is not None
+            gates = find_shipped(self.name, self.ratio, base)
+        if isinstance(gates, str):
+            gates = Gates.from_pretrained(gates)
+        if gates.config.method != self.name:
+            raise OptionError(
+                f"{gates!r} were trained for {gates.config.method}, and what they say means something else to "
+                f"{self.name}. Pass them to {gates.config.method}."
+            )
+        misfit = gates.config.misfit(base)
+        if misfit:
+            raise OptionError(
+                f"{gates!r} are for another model: {misfit}. Load the model they were trained on, or train gates for "
+                "this one with `kvpleat retrofit`."
+            )
+        return self if gates is self.gates else replace(self, ratio=None, gates=gates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Policy, with the label of gates in place of gates that are loaded."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.gates, Gates):
+            options["gates"] = self.gates.label
+        return {"name": self.name, **options}
 
     def moments(self, start: int, stop: int, phase: Phase, last: int, shape: KVShape) -> list[int]:
         return []  # every token is one
