@@ -20,6 +20,7 @@ from kvpleat.cli import app, options, run, show
 from kvpleat.cli.chat import Chat
 from kvpleat.errors import CacheError, OptionError
 from kvpleat.hf.models import LoadedModel, load
+from kvpleat.policies import learned
 
 PROMPT = " ".join(f"w{i * 7 % 58}" for i in range(300))
 KV = {"full_bytes", "live_bytes", "allocated_bytes", "peak_allocated_bytes", "compression_ratio"}
@@ -105,7 +106,10 @@ def test_prefill_chunk_does_not_change_the_answer(tiny_folder: Path) -> None:
     [
         (["--policy", "magic"], "no such policy. Known: full, window, attention"),
         (["--policy", "window", "--coverage", "0.9"], "policy window has no such option. It takes --ratio."),
-        (["--policy", "full", "--ratio", "2"], "policy full has no such option. It takes neither."),
+        (["--policy", "window", "--gates", "mine"], "policy window has no such option. It takes --ratio."),
+        (["--policy", "dms", "--gates", "mine", "--ratio", "2"], "exactly one of the two says which gates decide"),
+        (["--policy", "dms", "--gates", "./nowhere"], "No gates can be loaded from './nowhere'"),
+        (["--policy", "full", "--ratio", "2"], "policy full has no such option. It takes none of them."),
         (["--ratio", "0.75"], "1/(1-r): ratio=4"),
         (["--ratio", "inf"], "ratio=inf"),
         (["--ratio", "2", "--coverage", "0.9"], "ratio"),
@@ -177,6 +181,52 @@ def test_policies_lists_the_registry() -> None:
     assert all(row["name"] in invoke("policies").stdout for row in rows)
 
 
+# ---- gates
+
+
+def gates_for(folder: Path, name: str, method: str, ratio: float) -> Path:
+    """Untrained gates for the tiny model, in a folder beside it."""
+    policy = policies.registry()[method]
+    assert issubclass(policy, learned.Learned)
+    measured = {"measured": {"loss": 0.125, "ratio": 4.5}}
+    shape = {"num_layers": 2, "num_kv_heads": 2, "hidden_size": 32}
+    delay = 0 if method == "dmc" else 16
+    gates = learned.new_gates(policy, delay=delay, ratio=ratio, base={"family": "llama"}, training=measured, **shape)
+    gates.save_pretrained(folder.parent / "gates" / name)
+    return folder.parent / "gates" / name
+
+
+def test_policies_shows_the_gates_that_come_with_it(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpleat.policies.gates.SHIPPED", gates_for(tiny_folder, "tiny-fold-4x", "fold", 4.0).parent)
+    rows = {row["name"]: row for row in json.loads(invoke("policies", "--json").stdout)["policies"]}
+    assert rows["full"]["gates"] == rows["dms"]["gates"] == []
+    (one,) = rows["fold"]["gates"]
+    assert (one["name"], one["ratio"], one["measured"]["loss"]) == ("tiny-fold-4x", 4.0, 0.125)
+    assert "tiny-fold-4x: ratio 4, loss 0.125, ratio 4.5" in invoke("policies").stdout
+
+
+@pytest.mark.parametrize("method", ["dms", "fold", "dmc"])
+def test_gates_by_folder_name_and_ratio(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    folder = gates_for(tiny_folder, "tiny-gates", method, 4.0)
+    base = ("--prompt", PROMPT, "--max-new-tokens", "3", "--policy", method)
+    got = generate(tiny_folder, *base, "--gates", str(folder))
+    assert got["policy"]["gates"] == str(folder)
+    model = ("--model", str(tiny_folder), "--device", "cpu")
+    none = invoke("explain", *model, "--policy", method)
+    assert none.exit_code == 2
+    assert f"{method} with ratio=4: no such gates" in none.stderr
+    monkeypatch.setattr("kvpleat.policies.gates.SHIPPED", folder.parent)
+    for arguments in (["--gates", "tiny-gates"], ["--ratio", "4"], []):
+        result = invoke("explain", *model, "--policy", method, *arguments, "--json")
+        assert f"Gates('tiny-gates': {method}, ratio 4" in json.loads(result.stdout)["policy"]
+
+
+def test_labels_of_policies() -> None:
+    assert options.policy_label(options.make_policy("dms", None, None)) == "dms, ratio 4"
+    assert options.policy_label(options.make_policy("fold", None, None, 8, "/a/b/mine")) == "fold, gates mine, bits 8"
+    assert options.policy_label(options.make_policy("attention", None, 0.5)) == "attention, coverage 0.5"
+
+
 def test_models_lists_names_and_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KVPLEAT_CACHE", str(tmp_path))
     monkeypatch.setattr("kvpleat.hf.smollm2.PACKAGE", "a_package_that_is_not_there")
@@ -196,7 +246,8 @@ def test_explain_says_what_would_run(tiny_folder: Path) -> None:
 
 def test_flags_are_a_decision() -> None:
     """New options must be added here too: a flag is a promise."""
-    common = {"--model", "--policy", "--ratio", "--coverage", "--bits", "--dtype", "--device", "--trust-remote-code"}
+    common = {"--model", "--policy", "--ratio", "--coverage", "--gates", "--bits", "--dtype", "--device"}
+    common |= {"--trust-remote-code"}
     decoding = {"--system", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--prefill-chunk"}
     run = {"--model", "--policy", "--data", "--seed", "--dtype", "--device", "--out"}
     known = {

@@ -76,6 +76,21 @@ def test_bad_lists(text: str, message: str) -> None:
         methods.parse_list(text)
 
 
+@pytest.mark.parametrize(
+    ("spec", "label"),
+    [
+        ("dms:ratio=4", "DMS 4x"),
+        ("fold:ratio=8,bits=8", "Fold 8x bits=8"),
+        ("dmc:gates=some/where/mine", "DMC mine"),
+        ("dms:gates=4", "DMS 4"),
+        ("attention:ratio=4,fold=0", "AttentionScore 4x fold=0"),
+    ],
+)
+def test_labels(spec: str, label: str) -> None:
+    """Names as people write them; gates by the last part of their folder."""
+    assert methods.parse(spec).label == label
+
+
 def test_the_reference_is_a_plain_forward(loaded: LoadedModel, ids: torch.Tensor) -> None:
     """DynamicCache in a session: the logits of one forward without any cache, and the bytes of its tensors."""
     got, memory = run(methods.parse("dynamic"), loaded, ids)

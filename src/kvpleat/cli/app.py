@@ -30,6 +30,7 @@ def generate(
     policy: options.PolicyName = "attention",
     ratio: options.Ratio = None,
     coverage: options.Coverage = None,
+    gates: options.Gates = None,
     bits: options.Bits = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; after the file's, if both are given.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="UTF-8 file with text to continue.")] = None,
@@ -48,7 +49,7 @@ def generate(
 ) -> None:
     """Continue a prompt (--prompt, --prompt-file or stdin) with a compressed cache, and say what it took."""
     decoding = options.Decoding(max_new_tokens, temperature, top_p, seed, prefill_chunk)
-    chosen = options.make_policy(policy, ratio, coverage, bits)
+    chosen = options.make_policy(policy, ratio, coverage, bits, gates)
     text = options.read_prompt(prompt, prompt_file)
     loaded = options.load_model(model, dtype, device, trust_remote_code)
     ids = options.encode(loaded, text, system, raw, max_new_tokens)
@@ -99,6 +100,7 @@ def chat(
     policy: options.PolicyName = "attention",
     ratio: options.Ratio = None,
     coverage: options.Coverage = None,
+    gates: options.Gates = None,
     bits: options.Bits = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -112,7 +114,7 @@ def chat(
 ) -> None:
     """Chat over one compressed cache. /report, /save FILE, /load FILE, /reset and /quit are commands."""
     decoding = options.Decoding(max_new_tokens, temperature, top_p, seed, prefill_chunk)
-    chosen = options.make_policy(policy, ratio, coverage, bits)
+    chosen = options.make_policy(policy, ratio, coverage, bits, gates)
     loaded = options.load_model(model, dtype, device, trust_remote_code)
     with Chat(loaded, chosen, decoding, system) as session:
         converse(session, options.policy_label(chosen))
@@ -120,14 +122,31 @@ def chat(
 
 @command
 def policies(as_json: options.Json = False) -> None:
-    """The policies: what each does, needs and guarantees."""
-    known = policies_module.registry().values()
+    """The policies: what each does, needs and guarantees, and the gates that come with kvpleat."""
     names = ("name", "summary", "needs", "guarantees")
-    rows = [{name: getattr(policy, name) for name in names} for policy in known]
+    rows = [{name: getattr(policy, name) for name in names} for policy in policies_module.registry().values()]
+    gates = {row["name"]: _shipped_gates(row["name"]) for row in rows}
     if as_json:
-        print(json.dumps({"policies": rows}))
+        print(json.dumps({"policies": [{**row, "gates": gates[row["name"]]} for row in rows]}))
         return
-    _print_rows(rows, names)
+    for row in rows:
+        if gates[row["name"]]:
+            row["gates"] = "\n".join(map(_gates_line, gates[row["name"]]))
+    _print_rows(rows)
+
+
+def _shipped_gates(method: str) -> list[dict[str, Any]]:
+    """The gates that come with kvpleat for a policy."""
+    return [
+        {"name": name, "ratio": config.ratio, "base": config.base, "measured": config.training.get("measured", {})}
+        for name, config in policies_module.shipped().items()
+        if config.method == method
+    ]
+
+
+def _gates_line(gates: dict[str, Any]) -> str:
+    figures = "".join(f", {name} {value:g}" for name, value in gates["measured"].items())
+    return f"{gates['name']}: ratio {gates['ratio']:g}{figures}"
 
 
 @command
@@ -136,6 +155,7 @@ def explain(
     policy: options.PolicyName = "attention",
     ratio: options.Ratio = None,
     coverage: options.Coverage = None,
+    gates: options.Gates = None,
     bits: options.Bits = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -143,7 +163,7 @@ def explain(
     as_json: options.Json = False,
 ) -> None:
     """Which policy, memory and kernels would run for a model, and why."""
-    chosen = options.make_policy(policy, ratio, coverage, bits)
+    chosen = options.make_policy(policy, ratio, coverage, bits, gates)
     loaded = options.load_model(model, dtype, device, trust_remote_code)
     explanation = explain_model(loaded.model, chosen)
     if as_json:
@@ -163,7 +183,7 @@ def models(as_json: options.Json = False) -> None:
     if as_json:
         print(json.dumps({"models": rows}))
         return
-    _print_rows(rows, ("name", "state", "summary"))
+    _print_rows([{name: row[name] for name in ("name", "state", "summary")} for row in rows])
     console = Console(highlight=False)
     for row in rows:
         if row["remedy"]:
@@ -171,16 +191,17 @@ def models(as_json: options.Json = False) -> None:
     console.print("\nAny folder that save_pretrained wrote and any name on the hub (org/model) work as --model too.")
 
 
-def _print_rows(rows: list[dict[str, str]], names: tuple[str, ...]) -> None:
+def _print_rows(rows: list[dict[str, str]]) -> None:
     """A block per row: the name, then what there is to say about it. Readable at any width."""
     console = Console(highlight=False)
     for row in rows:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(width=12)
         table.add_column()
-        table.add_row(f"[bold]{names[0]}[/]", f"[bold]{row[names[0]]}[/]")
-        for name in names[1:]:
-            table.add_row(name, plain(row[name]))
+        (first, name), *others = row.items()
+        table.add_row(f"[bold]{first}[/]", f"[bold]{name}[/]")
+        for topic, text in others:
+            table.add_row(topic, plain(text))
         console.print(table)
         if row is not rows[-1]:
             console.print()

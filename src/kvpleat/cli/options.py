@@ -71,16 +71,19 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def make_policy(name: str, ratio: float | None, coverage: float | None, bits: int | None = None) -> Policy:
+def make_policy(
+    name: str, ratio: float | None, coverage: float | None, bits: int | None = None, gates: str | None = None
+) -> Policy:
     """The policy called `name`. A ratio of 4 is taken where the policy knows ratios and no option was given."""
     registry = policies.registry()
     if name not in registry:
         raise OptionError(f"--policy {name}: there is no such policy. Known: {', '.join(registry)}.")
     known = {field.name for field in fields(registry[name])}
-    given = {key: value for key, value in (("ratio", ratio), ("coverage", coverage)) if value is not None}
+    options = {"ratio": ratio, "coverage": coverage, "gates": gates}
+    given = {key: value for key, value in options.items() if value is not None}
     for key, value in given.items():
         if key not in known:
-            takes = ", ".join(f"--{option}" for option in ("ratio", "coverage") if option in known) or "neither"
+            takes = ", ".join(f"--{option}" for option in options if option in known) or "none of them"
             raise OptionError(f"--{key} {value}: policy {name} has no such option. It takes {takes}.")
     if not given and "ratio" in known:
         given = {"ratio": DEFAULT_RATIO}
@@ -91,6 +94,8 @@ def policy_label(policy: Policy) -> str:
     """A policy in a few words, such as "attention, ratio 4"."""
     options = policy.to_dict()
     given = [f"{key} {options[key]:g}" for key in ("ratio", "coverage", "bits") if options.get(key) is not None]
+    if options.get("gates") is not None:
+        given.insert(0, f"gates {Path(options['gates']).name}")
     return ", ".join([policy.name, *given])
 
 
@@ -152,12 +157,20 @@ def load_model(name: str, dtype: str | None, device: str | None, trust_remote_co
 
 
 Model = Annotated[str, typer.Option(help="smollm2-135m, a folder, or a name on the hub.")]
-PolicyName = Annotated[str, typer.Option("--policy", help="full, window or attention; see `kvpleat policies`.")]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="full, window, attention, dms, fold or dmc; see `kvpleat policies`.")
+]
 Ratio = Annotated[
     float | None,
-    typer.Option(help="Compression ratio: full over compressed bytes, at least 1 (default: 4, unless --coverage)."),
+    typer.Option(
+        help="Compression ratio: full over compressed bytes, at least 1 (default: 4, unless --coverage or --gates)."
+    ),
 ]
 Coverage = Annotated[float | None, typer.Option(help="Share of attention to keep, such as 0.98, instead of a ratio.")]
+Gates = Annotated[
+    str | None,
+    typer.Option(help="Gates of dms, fold or dmc instead of a ratio: a name (`kvpleat policies`) or folder."),
+]
 Bits = Annotated[
     int | None, typer.Option(help="Bits of a stored number: 8, 6 (keys 8, values 4) or 4 (default: the model's dtype).")
 ]

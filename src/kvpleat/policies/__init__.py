@@ -6,7 +6,7 @@ from kvpleat.errors import OptionError
 from kvpleat.policies.attention import AttentionScore
 from kvpleat.policies.base import LayerScores, Policy
 from kvpleat.policies.full import Full
-from kvpleat.policies.gates import GateConfig, Gates
+from kvpleat.policies.gates import GateConfig, Gates, shipped
 from kvpleat.policies.learned import DMC, DMS, Fold
 from kvpleat.policies.window import Window
 
@@ -23,6 +23,7 @@ __all__ = [
     "Window",
     "from_dict",
     "registry",
+    "shipped",
 ]
 
 

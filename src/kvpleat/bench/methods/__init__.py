@@ -76,7 +76,9 @@ def parse(spec: str) -> Method:
 
 
 def _value(key: str, text: str) -> int | float | str:
-    """An option's value: a whole number where it is one, except for ratios and shares."""
+    """An option's value: a whole number where it is one, except for ratios and shares; `gates` are a name."""
+    if key == "gates":
+        return text
     try:
         number = float(text)
     except ValueError:

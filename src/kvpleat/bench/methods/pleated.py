@@ -1,6 +1,7 @@
 """kvpleat's own policies as methods, and one that is broken on purpose."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,15 @@ from kvpleat.policies import Policy
 from kvpleat.policies.budget import allowed_pages, check_ratio, next_multiple
 from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 
-LABELS = {"full": "Full", "window": "Window", "attention": "AttentionScore", "random": "random eviction (broken)"}
+LABELS = {
+    "full": "Full",
+    "window": "Window",
+    "attention": "AttentionScore",
+    "dms": "DMS",
+    "fold": "Fold",
+    "dmc": "DMC",
+    "random": "random eviction (broken)",
+}
 
 
 class PleatedSession(Session):
@@ -62,11 +71,12 @@ class PleatedMethod(Method):
         self.spec = spec
         self.options = {k: v for k, v in policy.to_dict().items() if k != "name"}
         self.ratio = self.options.get("ratio")
-        shown = [
-            f"{self.ratio:g}x" if self.ratio else "",
-            *(x for x in spec.partition(":")[2].split(",") if x and not x.startswith("ratio=")),
-        ]
-        self.label = " ".join([LABELS.get(policy.name, policy.name), *filter(None, shown)])
+        shown = [f"{self.ratio:g}x"] if self.ratio else []
+        for option in filter(None, spec.partition(":")[2].split(",")):
+            key, _, value = option.partition("=")
+            if key != "ratio":
+                shown.append(Path(value).name if key == "gates" else option)
+        self.label = " ".join([LABELS.get(policy.name, policy.name), *shown])
 
     def open(self, loaded: LoadedModel) -> PleatedSession:
         pleated = attach(loaded.model, self.policy)
