@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvpleat.errors import ModelError, OptionError
+from kvpleat.policies import lora
+from kvpleat.policies.lora import LoraWeights
 
 FORMAT = "kvpleat-gates-1"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "gates.safetensors"
@@ -78,11 +80,15 @@ class Gates(nn.Module):
         config: what they are for.
         biases: start of each output's bias; see `policies.learned` for what each means.
         source: name or folder they came from; empty for gates that live in memory only.
+
+    Attributes:
+        adapter: LoRA that was trained together with the gates, or None; merged into the model's weights on attach.
     """
 
     def __init__(self, config: GateConfig, biases: tuple[float, ...] | None = None, source: str = "") -> None:
         super().__init__()
         self.config, self.source = config, source
+        self.adapter: LoraWeights | None = None
         size = config.outputs * config.num_kv_heads
         inner = config.mlp_size
         self.inner = nn.ModuleList(
@@ -112,26 +118,38 @@ class Gates(nn.Module):
 
     def __repr__(self) -> str:
         config = self.config
-        return f"Gates({self.label!r}: {config.method}, ratio {config.ratio:g}, delay {config.delay})"
+        adapter = f", LoRA of rank {self.adapter.rank}" if self.adapter is not None else ""
+        return f"Gates({self.label!r}: {config.method}, ratio {config.ratio:g}, delay {config.delay}{adapter})"
 
     @property
     def label(self) -> str:
         """Name or folder they came from; for gates in memory "memory:" and a checksum of them."""
         if self.source:
             return self.source
-        digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
+        digest, tensors = hashlib.sha256(), self.state_dict()
+        if self.adapter is not None:
+            for name, (a, b) in self.adapter.pairs.items():
+                tensors |= {f"{name}.A": a, f"{name}.B": b * self.adapter.scale}
+        for name, tensor in tensors.items():
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
         return f"memory:{digest.hexdigest()[:12]}"
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and gates.safetensors (weights in float16) into `folder`."""
+        """Write config.json, gates.safetensors (in float16) and the adapter's files into `folder`.
+
+        An adapter that is there and does not belong to these gates is removed; a README.md stays.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE, {"format": FORMAT})
         text = json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        if self.adapter is not None:
+            self.adapter.save(folder)
+            return
+        for name in (lora.CONFIG_FILE, lora.WEIGHTS_FILE):
+            (folder / name).unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "Gates":
@@ -145,6 +163,8 @@ class Gates(nn.Module):
         try:
             gates = cls(_read_config(folder), source=str(name_or_folder))
             gates.load_state_dict({k: v.float() for k, v in load_file(folder / WEIGHTS_FILE).items()})
+            if (folder / lora.CONFIG_FILE).exists() or (folder / lora.WEIGHTS_FILE).exists():
+                gates.adapter = LoraWeights.load(folder)
         except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
             raise ModelError(
                 f"No gates can be loaded from {str(name_or_folder)!r}: {error}. Gates that come with kvpleat: "
