@@ -10,6 +10,7 @@ Shape legend, used in every signature of the package:
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,35 @@ class Phase(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class Marks(NamedTuple):
+    """What gates decided about T tokens: [..., T] each, any leading dimensions.
+
+    marked: bool, whether the entry before this one leaves (m). log_carry: float32, log of c where it left something
+    behind, -inf for "nothing"; None: always nothing. weight: float32 (b); None: 1.
+    """
+
+    marked: Tensor
+    log_carry: Tensor | None = None
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Delay:
+    """What becomes of marked entries, and when; see kvpleat.policies.learned for the recurrence.
+
+    Args:
+        tokens: tokens that a marked entry stays visible for after its own.
+        merges: whether it leaves something behind, in the entry after it.
+        log_size: whether the log of a group's size counts in attention.
+        look_back: members of a group that count, the newest ones; None: all.
+    """
+
+    tokens: int
+    merges: bool = False
+    log_size: bool = False
+    look_back: int | None = None
 
 
 @dataclass(frozen=True)

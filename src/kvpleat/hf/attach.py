@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_ma
 from kvpleat.accounting import MemoryReport
 from kvpleat.cache.pages import PagePool
 from kvpleat.errors import AttachError, CacheError, UnsupportedError
-from kvpleat.hf import attention, calls, feed
+from kvpleat.hf import adapters, attention, calls, feed
 from kvpleat.hf.attention import IMPLEMENTATION, ForwardCall
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.families import ModelFacts, base_of, cache_argument, describe, given_cache
@@ -53,6 +53,7 @@ class Pleated:
         self._signature = inspect.signature(self.facts.decoder.forward)
         self._cache_name = cache_argument(self.facts.decoder)
         self._handles: list[Any] = []
+        self._merged: adapters.Merged | None = None  # weights that a LoRA changes
         self._own_generate: Any = None  # what the user had put over generate on this model object
         self._entered = False
         self._caches: weakref.WeakSet[PleatedCache] = weakref.WeakSet()
@@ -89,6 +90,8 @@ class Pleated:
         AttentionMaskInterface.register(IMPLEMENTATION, _mask)
         _attached[self.facts.decoder] = self
         try:
+            if self.policy.adapter is not None:
+                self._merged = adapters.merge(self.model, self.policy.adapter)
             _originals[id(self.facts.decoder.config)] = self.original
             self.model.set_attn_implementation(IMPLEMENTATION)
             decoder = self.facts.decoder
@@ -111,6 +114,8 @@ class Pleated:
         self._last_report = self.report() if self._last is not None and self._last.kv is not None else self._last_report
         del _attached[self.facts.decoder]
         _originals.pop(id(self.facts.decoder.config), None)
+        if self._merged is not None:
+            self._merged.undo()
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from kvpleat.types import Decision, KVShape, Phase, PolicyInput, check_bits
+from kvpleat.policies.lora import LoraWeights
+from kvpleat.types import Decision, Delay, KVShape, Marks, Phase, PolicyInput, check_bits
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,36 @@ class Policy(ABC):
         return self
 
     @property
+    def adapter(self) -> LoraWeights | None:
+        """What is merged into the model's weights while the policy is attached."""
+        return None
+
+    @property
     def num_sinks(self) -> int:
         """First positions of a row that stay visible whatever `visible_from` says."""
         return 0
+
+    @property
+    def delayed(self) -> Delay | None:
+        """What becomes of entries that `marks` marks; None: there are none, and the policy decides at moments."""
+        return None
+
+    @property
+    def delay(self) -> int | None:
+        """Tokens that a marked entry stays visible for after its own; None: the policy decides at moments."""
+        return None if self.delayed is None else self.delayed.tokens
+
+    def to_device(self, device: torch.device) -> None:
+        """Move what was learned to the model's device."""
+
+    def marks(self, layer: int, hidden: Tensor) -> Marks:
+        """What is decided about each token of a layer, where `delayed` is given: marks [R, H, T] each.
+
+        Args:
+            layer: index of the layer among the L compressed ones.
+            hidden: [R, T, hidden] what enters its attention module.
+        """
+        raise NotImplementedError(f"{self.name} decides at moments")
 
     def visible_from(self, query_positions: Tensor, shape: KVShape) -> Tensor | None:
         """Lowest position, sinks aside, that each query may see: [T] -> [T]; None where every entry is visible.

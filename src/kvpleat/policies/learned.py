@@ -21,19 +21,8 @@ from kvpleat.errors import OptionError
 from kvpleat.policies.base import Policy
 from kvpleat.policies.budget import check_ratio
 from kvpleat.policies.gates import GateConfig, Gates, find_shipped
-from kvpleat.types import Decision, KVShape, Phase, PolicyInput
-
-
-class Marks(NamedTuple):
-    """What gates decided about T tokens: [..., T] each, any leading dimensions.
-
-    marked: bool, whether the entry before this one leaves (m). log_carry: float32, log of c where it left something
-    behind, -inf for "nothing"; None: always nothing. weight: float32 (b); None: 1.
-    """
-
-    marked: Tensor
-    log_carry: Tensor | None = None
-    weight: Tensor | None = None
+from kvpleat.policies.lora import LoraWeights
+from kvpleat.types import Decision, Delay, KVShape, Marks, Phase, PolicyInput
 
 
 class SoftMarks(NamedTuple):
@@ -106,6 +95,10 @@ class Learned(Policy):
             )
         return self if gates is self.gates else replace(self, ratio=None, gates=gates)
 
+    @property
+    def adapter(self) -> LoraWeights | None:
+        return self.gates.adapter if isinstance(self.gates, Gates) else None
+
     def to_dict(self) -> dict[str, Any]:
         """As in Policy, with the label of gates in place of gates that are loaded."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -118,6 +111,22 @@ class Learned(Policy):
 
     def decide(self, inputs: PolicyInput) -> Decision | None:
         return None
+
+    @property
+    def delayed(self) -> Delay:
+        config = self._loaded.config
+        return Delay(config.delay, self.merges, self.log_size, config.look_back)
+
+    def to_device(self, device: torch.device) -> None:
+        self._loaded.to(device)
+
+    def marks(self, layer: int, hidden: Tensor) -> Marks:
+        return self.judge(self._loaded(layer, hidden))
+
+    @property
+    def _loaded(self) -> Gates:
+        assert isinstance(self.gates, Gates), "for_model loads the gates"
+        return self.gates
 
     def judge(self, logits: Tensor) -> Marks:
         """Decisions from a gate's logits [outputs, ..., T]. The first token of a row cannot mark anything: the cache
