@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that tests can impor
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
+
 with warnings.catch_warnings():
     # Where hqq is installed transformers imports it, and its import uses what torch has deprecated: no fault of a test.
     warnings.simplefilter("ignore", DeprecationWarning)

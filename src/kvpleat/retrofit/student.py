@@ -1,0 +1,242 @@
+"""A model whose attention compresses softly while its gates are learned, beside itself without compression: the student
+and its teacher.
+
+The model is transformers' own: attention is replaced through its AttentionInterface, gates read the attention input
+through hooks, and all of it is taken off again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvpleat.errors import OptionError, UnsupportedError
+from kvpleat.hf.families import ModelFacts, describe
+from kvpleat.kernels import reference
+from kvpleat.kernels.pooling import scan
+from kvpleat.kernels.relaxed import relaxed_attention
+from kvpleat.policies.gates import Gates
+from kvpleat.policies.learned import Learned, SoftMarks
+from kvpleat.types import Rotary
+
+IMPLEMENTATION = "kvpleat-retrofit"
+GONE = -1e9  # logit of what a sliding-window layer does not see
+LEAST_CARRY = -30.0  # log of a share that counts as nothing; sums of logs keep their digits
+
+
+@dataclass
+class SoftCall:
+    """One forward of student or teacher, as all layers see it.
+
+    Args:
+        doc_start: [R, T] int32, as in retrofit.data.Batch.
+        positions: [R, T] of each token within its document.
+        noise: [L, R, H, T] logistic noise of the student's gates, zeros for hard decisions; None: no compression.
+        marks: the student's decisions by compressed layer, filled on the way.
+    """
+
+    doc_start: Tensor
+    positions: Tensor
+    noise: Tensor | None
+    marks: dict[int, SoftMarks] = field(default_factory=dict)
+
+
+class Student(nn.Module):
+    """A causal LM with gates.
+
+    Args:
+        model: of a family kvpleat serves; its weights may be trained too.
+        gates: one set for the model.
+        policy: what the gates decide on.
+        temperature: of the relaxation.
+        teacher: a frozen copy, where the model's own weights are trained; None: the model with its adapters off.
+        compile: whether torch.compile fuses the decoder.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        gates: Gates,
+        policy: type[Learned],
+        *,
+        temperature: float = 0.1,
+        teacher: Any = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.facts: ModelFacts = describe(model)
+        config, shape = gates.config, self.facts.shape
+        if (config.num_layers, config.num_kv_heads) != (shape.num_layers, shape.num_kv_heads):
+            raise OptionError(
+                f"The gates are for {config.num_layers} layers of {config.num_kv_heads} KV heads and the model has "
+                f"{shape.num_layers} of {shape.num_kv_heads}. Make gates for this model."
+            )
+        if config.look_back is not None:
+            raise UnsupportedError(f"look_back={config.look_back}: groups are trained whole. Leave look_back out.")
+        self.model, self.gates, self.policy, self.temperature = model, gates, policy, temperature
+        self._teacher = [] if teacher is None else [teacher]  # in a list: its weights are none of the student's
+        self._places = {layer: index for index, layer in enumerate(self.facts.layers)}
+        self._decoder = torch.compile(self.facts.decoder, dynamic=False) if compile else self.facts.decoder
+        teacher_decoder = self.facts.decoder if teacher is None else describe(teacher).decoder
+        self._teacher_decoder = [torch.compile(teacher_decoder, dynamic=False) if compile else teacher_decoder]
+
+    @property
+    def head(self) -> nn.Module:
+        """What makes logits of the student's hidden states."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    @property
+    def teacher_head(self) -> nn.Module:
+        """What makes logits of the teacher's hidden states."""
+        return self._teacher[0].get_output_embeddings() if self._teacher else self.head
+
+    def forward(self, tokens: Tensor, doc_start: Tensor, noise: Tensor) -> tuple[Tensor, dict[int, SoftMarks]]:
+        """Hidden states [R, T, hidden] before the head, and the decisions of each layer."""
+        call = self._call(tokens, doc_start, noise)
+        out = self._decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+        return out.last_hidden_state, call.marks
+
+    @torch.no_grad()
+    def teach(self, tokens: Tensor, doc_start: Tensor) -> Tensor:
+        """The teacher's hidden states [R, T, hidden]."""
+        call = self._call(tokens, doc_start, None)
+        with nullcontext() if self._teacher else without_adapters(self.model):
+            out = self._teacher_decoder[0](tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def noise(self, rows: int, tokens: int, generator: torch.Generator) -> Tensor:
+        """Logistic noise for one forward (the difference of two Gumbel variables): [L, R, H, T]."""
+        config = self.gates.config
+        size = config.num_layers, rows, config.num_kv_heads, tokens
+        uniform = torch.rand(size, generator=generator, device=generator.device).clamp_(1e-6, 1 - 1e-6)
+        return torch.logit(uniform).to(self.facts.device)
+
+    def no_noise(self, rows: int, tokens: int) -> Tensor:
+        """Zeros in place of noise: decisions as they are at inference, if the temperature is low."""
+        config = self.gates.config
+        return torch.zeros(config.num_layers, rows, config.num_kv_heads, tokens, device=self.facts.device)
+
+    @contextmanager
+    def attached(self) -> Iterator["Student"]:
+        """Put soft attention and hooks on student and teacher, and take them off."""
+        AttentionInterface.register(IMPLEMENTATION, self._attend)
+        AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+        handles: list[Any] = []
+        models = [self.model, *self._teacher]
+        before = [model.config._attn_implementation for model in models]
+        try:
+            for model in models:
+                model.set_attn_implementation(IMPLEMENTATION)
+            for module in self.facts.decoder.modules():
+                if getattr(module, "layer_idx", None) in self._places and hasattr(module, "scaling"):
+                    handles.append(module.register_forward_pre_hook(self._gate, with_kwargs=True))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            for model, implementation in zip(models, before, strict=True):
+                model.set_attn_implementation(implementation)
+
+    # ---- inside the decoder
+
+    def _call(self, tokens: Tensor, doc_start: Tensor, noise: Tensor | None) -> SoftCall:
+        positions = torch.arange(tokens.shape[1], device=tokens.device) - doc_start
+        return SoftCall(doc_start, positions, noise)
+
+    def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before an attention module: let the gates read its input."""
+        call: SoftCall = kwargs["kvpleat_soft"]
+        if call.noise is None:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        layer = self._places[module.layer_idx]
+        with torch.autocast(hidden.device.type, enabled=False):
+            call.marks[layer] = self.policy.relax(self.gates(layer, hidden), call.noise[layer], self.temperature)
+
+    def _attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        kvpleat_soft: SoftCall | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Behind transformers' AttentionInterface: query [R, Q, T, D], key and value [R, H, T, D] -> [R, T, Q, D]."""
+        assert kvpleat_soft is not None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        common = (kvpleat_soft.doc_start, scale, softcap)
+        window = self.facts.sliding.get(module.layer_idx)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if window is not None:
+            hidden = torch.full(key.shape[:3], GONE, device=key.device)
+            out = _relaxed(query, (key, value), None, hidden, None, window - 1, common)
+        elif kvpleat_soft.noise is None:
+            out = _relaxed(query, (key, value), None, None, None, 0, common)
+        else:
+            marks = kvpleat_soft.marks[self._places[module.layer_idx]]
+            keep = nn.functional.pad(marks.keep_bias[..., 1:], (0, 1))  # token t + 1 decides about t
+            far, size = None, None
+            if self.policy.merges:
+                far, log_size = merged(key, value, marks, kvpleat_soft, self.facts.rotary)
+                size = log_size if self.policy.log_size else None
+            out = _relaxed(query, (key, value), far, keep, size, self.gates.config.delay, common)
+        return out.transpose(1, 2).contiguous(), None
+
+
+def _relaxed(
+    q: Tensor,
+    near: tuple[Tensor, Tensor],
+    far: tuple[Tensor, Tensor] | None,
+    keep: Tensor | None,
+    size: Tensor | None,
+    delay: int,
+    common: tuple[Tensor, float, float | None],
+) -> Tensor:
+    doc_start, scale, softcap = common
+    return relaxed_attention(q, near, far, keep, size, doc_start, delay, scale, softcap)
+
+
+def merged(
+    key: Tensor, value: Tensor, marks: SoftMarks, call: SoftCall, rotary: Rotary | None
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Keys and values [R, H, T, D] of the group that each token ends, and the log [R, H, T] of its size."""
+    assert marks.log_carry is not None
+    positions = call.positions[:, None]
+    plain = reference.rotate(key, -positions, rotary)
+    weight = torch.ones_like(marks.log_carry) if marks.weight is None else marks.weight
+    ones = weight[..., None]
+    parts = torch.cat([plain * ones, value.float() * ones, ones], dim=-1)
+    log_carry = torch.where(positions == 0, -torch.inf, marks.log_carry.clamp(min=LEAST_CARRY))
+    with torch.autocast(key.device.type, enabled=False):
+        sums = scan(parts, log_carry)
+    means = sums[..., :-1] / sums[..., -1:]
+    far_key = reference.rotate(means[..., : key.shape[-1]], positions, rotary).to(key.dtype)
+    return (far_key, means[..., key.shape[-1] :].to(value.dtype)), sums[..., -1].log()
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """LoRA adapters of PEFT off: the model as it was."""
+    layers = [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Behind transformers' AttentionMaskInterface: documents and windows are the attention function's matter."""
