@@ -1,0 +1,1 @@
+"""Retrofit: continued training that teaches a model to compress its KV memory."""
