@@ -6,7 +6,9 @@ compared with this.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -133,3 +135,135 @@ def window_of(model: Any, length: int, **options: Any) -> Tensor:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     itemsize = next(model.parameters()).dtype.itemsize
     return window_visible(length, streams=full_layers * heads, head_dim=head_dim, itemsize=itemsize, **options)
+
+
+# ---- learned policies, token by token from their definition
+
+
+@dataclass
+class Learned:
+    """What gates decide, and what follows, in plain loops over tokens.
+
+    Args:
+        method: dms, fold or dmc. weights, biases: per full-attention layer [outputs * H, hidden] and [outputs * H].
+        scale: factor on the gate's product. delay: W. look_back: newest members of a group that count; None: all.
+    """
+
+    method: str
+    weights: list[Tensor]
+    biases: list[Tensor]
+    scale: float
+    delay: int
+    look_back: int | None = None
+    entering: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)  # layer -> hidden states, cos and sin
+
+    def gates(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(marked bool, carried share c, weight b) of each head and token: [H, T] each."""
+        outputs = 1 if self.method == "dms" else 2
+        product = hidden.double() @ self.weights[number].double().T * self.scale + self.biases[number].double()
+        logits = product.T.reshape(outputs, -1, hidden.shape[0])
+        marked = logits[0] > 0
+        marked[:, 0] = False
+        one = torch.ones_like(logits[0])
+        if self.method == "dms":
+            return marked, 0 * one, one
+        second = torch.sigmoid(logits[1])
+        return (marked, second, one) if self.method == "fold" else (marked, one, second)
+
+    def group(self, t: int, marked: Tensor, carry: Tensor, weight: Tensor) -> list[tuple[int, float]]:
+        """Members of the group of token t of one head, [T] each: (token, share of the sum that is left of it)."""
+        members, left = [(t, float(weight[t]))], 1.0
+        while marked[t] and (self.look_back is None or len(members) < self.look_back):
+            left *= float(carry[t])
+            t -= 1
+            members.append((t, left * float(weight[t])))
+        return [(token, share) for token, share in members if share > 0]
+
+    def entries(
+        self, number: int, key: Tensor, value: Tensor, hidden: Tensor, turn: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values [H, T, D] and log-sizes [H, T] of the groups as they are after each token, and [H, T] marks:
+        `key` and `value` are [H, T, D]."""
+        marked, carry, weight = self.gates(number, hidden)
+        keys, values, sizes = key.clone(), value.clone(), torch.zeros(key.shape[:2], dtype=torch.float64)
+        for head in range(key.shape[0]):
+            for t in range(key.shape[1]):
+                members = self.group(t, marked[head], carry[head], weight[head])
+                total = sum(share for _, share in members)
+                sizes[head, t] = math.log(total)
+                if len(members) > 1:
+                    plain = sum(share / total * turned(key[head, u], turn, u, back=True) for u, share in members)
+                    keys[head, t] = turned(plain, turn, t)
+                    values[head, t] = sum(share / total * value[head, u] for u, share in members)
+        return keys, values, sizes, marked
+
+    def attend(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: Any) -> Tensor:
+        """query [Q, T, D] over key and value [H, T, D]: [T, Q, D], one query at a time."""
+        hidden, turn = self.entering[layer]
+        keys, values, sizes, marked = self.entries(number, key, value, hidden, turn)
+        groups = query.shape[0] // key.shape[0]
+        out = torch.zeros_like(query)
+        for head in range(key.shape[0]):
+            for i in range(query.shape[1]):
+                seen = []  # key, value, bias
+                for j in range(i + 1):
+                    if i - j < self.delay:
+                        seen.append((key[head, j], value[head, j], 0.0))
+                    elif i - j == self.delay or not marked[head, j + 1]:
+                        bias = float(sizes[head, j]) if self.method == "fold" else 0.0
+                        seen.append((keys[head, j], values[head, j], bias))
+                k, v = torch.stack([x[0] for x in seen]), torch.stack([x[1] for x in seen])
+                of_head = slice(head * groups, (head + 1) * groups)
+                logits = query[of_head, i] @ k.T * scale
+                logits = logits if cap is None else torch.tanh(logits / cap) * cap
+                logits = logits + torch.tensor([x[2] for x in seen], dtype=torch.float64)
+                out[of_head, i] = torch.softmax(logits, dim=-1) @ v
+        return out.transpose(0, 1)
+
+
+def turned(key: Tensor, turn: Any, position: int, back: bool = False) -> Tensor:
+    """A key [D] rotated to `position`, or back from there, by the model's own cos and sin [T, D]; None: not at all."""
+    if turn is None:
+        return key
+    half = key.shape[0] // 2
+    cos, sin = turn[0][position].double(), turn[1][position].double() * (-1 if back else 1)
+    return key * cos + torch.cat([-key[half:], key[:half]]) * sin
+
+
+def learned_forward(model: Any, tokens: Tensor, learned: Learned) -> Tensor:
+    """Logits [T, vocabulary] of tokens [T]: every full-attention layer attends as `learned` says."""
+    windows, length = layer_windows(model), tokens.shape[0]
+    full = [layer for layer, window in enumerate(windows) if window is None]
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    handles = []
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        layer = module.layer_idx
+        if layer not in full:
+            return _attend(module, query, key, value, mask, **kwargs)
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        q, k, v = (x[0].double() for x in (query, key, value))
+        out = learned.attend(full.index(layer), layer, q, k, v, scale, kwargs.get("softcap"))
+        return out[None].to(query.dtype), None
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = (args[0] if args else kwargs["hidden_states"])[0]
+        turn = kwargs.get("position_embeddings")
+        learned.entering[module.layer_idx] = hidden, None if turn is None else (turn[0][0], turn[1][0])
+
+    index = torch.arange(length)
+    masks = {
+        layer: (causal(length) & (index[:, None] - index[None] < window)).expand(model.config.num_key_value_heads, -1, -1)
+        for layer, window in enumerate(windows)
+        if window is not None
+    }
+    with _masked(model, masks), torch.no_grad():
+        AttentionInterface.register(NAME, attend)
+        for layer in full:
+            module = blocks[layer].attn if hasattr(blocks[layer], "attn") else blocks[layer].self_attn
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        try:
+            return model(tokens[None], use_cache=False).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -8,6 +8,7 @@ Shape legend, used in every signature of the package:
     P  pages of the pool          S  entries of a page                W  observed queries
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -53,6 +54,11 @@ class Marks(NamedTuple):
     log_carry: Tensor | None = None
     weight: Tensor | None = None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Marks":
+        """The same change to all that is there."""
+        log_carry, weight = (None if x is None else change(x) for x in (self.log_carry, self.weight))
+        return Marks(change(self.marked), log_carry, weight)
+
 
 @dataclass(frozen=True)
 class Delay:
@@ -61,12 +67,14 @@ class Delay:
     Args:
         tokens: tokens that a marked entry stays visible for after its own.
         merges: whether it leaves something behind, in the entry after it.
+        weighs: whether members of a group count differently.
         log_size: whether the log of a group's size counts in attention.
         look_back: members of a group that count, the newest ones; None: all.
     """
 
     tokens: int
     merges: bool = False
+    weighs: bool = False
     log_size: bool = False
     look_back: int | None = None
 

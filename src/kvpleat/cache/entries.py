@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpleat.kernels import reference
 from kvpleat.kernels.reference import Quantised
-from kvpleat.types import ENTRY_BITS, KVShape
+from kvpleat.types import ENTRY_BITS, Decision, KVShape, Rotary
 
 Content = dict[str, Tensor]  # by name of `KVShape.arrays`, any leading dimensions
 
@@ -65,6 +65,28 @@ def masked(content: Content, keep: Tensor) -> Content:
 def replaced(content: Content, where: Tensor, new: Content) -> Content:
     """`content` with the arrays of `new` where `where` (their leading dimensions) is True."""
     return content | {name: torch.where(fit(where, x), x, content[name]) for name, x in new.items()}
+
+
+def merged(content: Content, live: Tensor, decision: Decision, shape: KVShape, rotary: Rotary | None) -> Content:
+    """`content` [H, N, ...] with the groups that a decision forms in place of their survivors; `live` is [H, N]."""
+    assert decision.merge_into is not None
+    assert decision.share is not None
+    assert decision.log_weights is not None
+    target = torch.where(live, decision.merge_into, -1)
+    keys, values = decode(content, shape)
+    means = reference.merge_into(keys, values, content["position"], target, decision.share, rotary)
+    members = torch.zeros_like(target).scatter_add_(1, target.clamp(min=0), (target >= 0).long())
+    return replaced(content, members > 1, encode(*means, shape)) | {"log_weight": decision.log_weights}
+
+
+def packed(content: Content, keep: Tensor) -> tuple[Content, Tensor]:
+    """The kept entries of `content` [H, N, ...] in order, closed up, and [H, n] which of them are live: `keep` is
+    [H, N]."""
+    order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(keep.sum(dim=1).max())]
+    closed = {}
+    for name, tensor in content.items():
+        closed[name] = tensor.gather(1, fit(order, tensor).expand(-1, -1, *tensor.shape[2:]))
+    return closed, keep.gather(1, order)
 
 
 def fit(mask: Tensor, tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """PagedKVCache: the streams of some rows over the shared page pool. The sole owner of their entries.
 
-Every (row, layer, KV head) is a stream with its own length and pages; the entries of a stream are in order of position.
-Policies never come here: callers hand over what to append and which Decision to apply.
+Every (row, layer, KV head) is a stream with its own length and pages; the entries of a stream are in order of position,
+except where they leave one by one (cache/delayed.py). Policies never come here: callers hand over what to append and
+which Decision to apply.
 """
 
 import itertools
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kvpleat import accounting
-from kvpleat.cache.entries import Content, Entries, decode, encode, fit, masked, replaced
+from kvpleat.cache.delayed import DelayedState
+from kvpleat.cache.entries import Content, Entries, decode, encode, masked, merged, packed
 from kvpleat.cache.observed import ObservedQueries
 from kvpleat.cache.pages import FREE, PagePool
 from kvpleat.errors import CacheError
-from kvpleat.kernels import reference
-from kvpleat.types import Decision, KVShape, Rotary
+from kvpleat.types import Decision, Delay, KVShape, Rotary
 
 _owner_ids = itertools.count()
 
@@ -30,11 +31,17 @@ class PagedKVCache:
         num_rows: sequences (R).
         observation_window: last queries to remember per row and layer (W), 0 for none.
         rotary: how keys rotate when entries merge; None for models without rotary embedding.
+        delay: what becomes of marked entries, where entries leave one by one; None: they leave at moments.
     """
 
     @torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
     def __init__(
-        self, pool: PagePool, num_rows: int, observation_window: int = 0, rotary: Rotary | None = None
+        self,
+        pool: PagePool,
+        num_rows: int,
+        observation_window: int = 0,
+        rotary: Rotary | None = None,
+        delay: Delay | None = None,
     ) -> None:
         self.pool, self.shape, self.num_rows = pool, pool.shape, num_rows
         self.rotary = rotary
@@ -45,6 +52,7 @@ class PagedKVCache:
         self.num_pages = torch.zeros(streams, dtype=torch.int32, device=device)  # [R, L, H] pages of each stream
         self.lengths = torch.zeros(streams, dtype=torch.int32, device=device)  # [R, L, H] entries of each stream
         self.observed = ObservedQueries(self.shape, num_rows, observation_window, device)
+        self.delayed = None if delay is None else DelayedState(delay, self.shape, num_rows, device)
         self.pages_in_use = self.peak_pages = 0
         self.closed = False
         self._pieces: dict[tuple[int, int, int], list[list[int]]] = {}  # host copy of the page table, as runs of slots
@@ -78,8 +86,12 @@ class PagedKVCache:
         lengths = self.lengths[row, layer]
         index = torch.arange(int(lengths.max()), device=self.pool.device)
         live = index < lengths[:, None]
-        pages = self.page_table[row, layer].long()[:, index // self.shape.page_size]
-        return torch.where(live, pages * self.shape.page_size + index % self.shape.page_size, 0), live
+        return torch.where(live, self.slots(layer, row, index.expand_as(live)), 0), live
+
+    def slots(self, layer: int, rows: int | slice | list[int], index: Tensor) -> Tensor:
+        """The pool's slots of entries number `index` of their streams: [r, H, n] or, for one row, [H, n]."""
+        pages = self.page_table[rows, layer].long().gather(-1, index // self.shape.page_size)
+        return pages * self.shape.page_size + index % self.shape.page_size
 
     # ---- writing
 
@@ -104,10 +116,9 @@ class PagedKVCache:
         self._check_open()
         num_new = keys.shape[2]
         for row in rows:
-            self._ensure_pages(layer, row, num_new)
+            self.ensure_pages(layer, row, [num_new] * self.shape.num_kv_heads)
         index = self.lengths[rows, layer].long()[..., None] + torch.arange(num_new, device=self.pool.device)
-        pages = self.page_table[rows, layer].long().gather(-1, index // self.shape.page_size)
-        slots = (pages * self.shape.page_size + index % self.shape.page_size).flatten()
+        slots = self.slots(layer, rows, index).flatten()
         content = encode(keys, values, self.shape)
         for name, tensor in content.items():
             self.pool.slots(name).index_copy_(0, slots, tensor.flatten(0, 2))
@@ -127,30 +138,22 @@ class PagedKVCache:
             return
         content, _ = self.stored(layer, row)
         if decision.merge_into is not None:
-            assert decision.share is not None
-            assert decision.log_weights is not None
-            target = torch.where(live, decision.merge_into, -1)
-            keys, values = decode(content, self.shape)
-            merged = reference.merge_into(keys, values, content["position"], target, decision.share, self.rotary)
-            members = torch.zeros_like(target).scatter_add_(1, target.clamp(min=0), (target >= 0).long())
-            content = replaced(content, members > 1, encode(*merged, self.shape))
-            content["log_weight"] = decision.log_weights
-        self._rewrite(layer, row, decision.keep & live, content, decision.reserve)
+            content = merged(content, live, decision, self.shape, self.rotary)
+        self.rewrite(layer, row, decision.keep & live, content, decision.reserve)
 
-    def _rewrite(self, layer: int, row: int, keep: Tensor, new: Content, reserve: int) -> None:
-        """Replace the streams by their kept entries, in order, in fresh pages."""
+    def rewrite(self, layer: int, row: int, keep: Tensor, new: Content, reserve: int = 0) -> None:
+        """Replace the streams of one layer of one row by the kept entries of `new` [H, N, ...], in order, in fresh
+        pages: `keep` is [H, N]."""
         counts = keep.sum(dim=1)
-        order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
-        kept = keep.gather(1, order)
+        content, kept = packed(new, keep)
         needed = -(-(counts + reserve) // self.shape.page_size) * (counts + reserve > 0)
         self.pool.require(int(needed.sum()) - int(self.num_pages[row, layer].sum()))  # before anything is given up
         self._release_streams(layer, row)
         self._give_pages(layer, row, needed.tolist())
         self.lengths[row, layer] = counts.int()
         slots, _ = self._slots(layer, row)
-        for name, content in new.items():
-            picked = fit(order, content).expand(-1, -1, *content.shape[2:])
-            self.pool.slots(name)[slots[kept]] = content.gather(1, picked)[kept]
+        for name, tensor in content.items():
+            self.pool.slots(name)[slots[kept]] = tensor[kept]
 
     def fill(self, layer: int, row: int, counts: list[int], content: Content) -> None:
         """Fill the empty streams of one layer of one row: counts[h] entries each, `content` [sum(counts), ...] by
@@ -163,10 +166,11 @@ class PagedKVCache:
 
     # ---- pages
 
-    def _ensure_pages(self, layer: int, row: int, num_new: int) -> None:
+    def ensure_pages(self, layer: int, row: int, num_new: list[int]) -> None:
+        """Take the pages that num_new[h] more entries of each stream of one layer of one row need."""
         lengths, held = self.lengths[row, layer].tolist(), self.num_pages[row, layer].tolist()
         size = self.shape.page_size
-        missing = [max(0, -(-(n + num_new) // size) - h) for n, h in zip(lengths, held, strict=True)]
+        missing = [max(0, -(-(n + new) // size) - h) for n, new, h in zip(lengths, num_new, held, strict=True)]
         if any(missing):
             self._give_pages(layer, row, missing)
 
@@ -214,8 +218,11 @@ class PagedKVCache:
     def fork(self) -> "PagedKVCache":
         """An independent copy on the same pool."""
         self._check_open()
-        twin = PagedKVCache(self.pool, self.num_rows, self.observed.window, self.rotary)
+        delay = None if self.delayed is None else self.delayed.delay
+        twin = PagedKVCache(self.pool, self.num_rows, self.observed.window, self.rotary, delay)
         twin.observed.copy_from(self.observed)
+        if self.delayed is not None and twin.delayed is not None:
+            twin.delayed.load(self.delayed.tensors)
         for row, layer in itertools.product(range(self.num_rows), range(self.shape.num_layers)):
             twin._give_pages(layer, row, self.num_pages[row, layer].tolist())
             old, new = (
@@ -250,6 +257,8 @@ class PagedKVCache:
             slots = [slot for first, count in pieces for slot in range(first, first + count, size)]
             table = self.page_table[row, layer, head]
             assert slots == (table[table != FREE] * size).tolist(), "the host copy of the page table differs"
+        if self.delayed is not None:
+            self.delayed.check_integrity(self.lengths)
 
     def memory(self, seen_tokens: int, untouched_bytes: int = 0) -> accounting.MemoryReport:
         """Memory of this cache for `seen_tokens` tokens summed over rows.
@@ -266,6 +275,7 @@ class PagedKVCache:
             peak_allocated_bytes=self.peak_pages * page + untouched_bytes,
             overhead_bytes=accounting.tensor_bytes(self.page_table, self.num_pages, self.lengths)
             + self.observed.num_bytes
+            + (0 if self.delayed is None else self.delayed.num_bytes)
             + 4 * self.pages_in_use,
             kept=self.lengths.float().mean(0).cpu(),
             seen_tokens=seen_tokens,

@@ -22,7 +22,8 @@ FORMAT = "kvpleat-cache-1"
 
 def pack(kv: PagedKVCache) -> dict[str, Tensor]:
     """The live entries of a cache as its pages hold them, streams one after the other: each of `KVShape.arrays` as
-    [n, ...], "lengths" [R, L, H], "queries", and "samples.ROW.LAYER" where a prompt is open."""
+    [n, ...], "lengths" [R, L, H], "queries", "samples.ROW.LAYER" where a prompt is open, and "delayed.NAME" of each
+    tensor of `DelayedState` where entries leave one by one."""
     tensors: dict[str, list[Tensor]] = {name: [] for name in kv.shape.arrays}
     for row in range(kv.num_rows):
         for layer in range(kv.shape.num_layers):
@@ -31,6 +32,8 @@ def pack(kv: PagedKVCache) -> dict[str, Tensor]:
                 tensors[name].append(tensor[live])
     packed = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
     samples = {f"samples.{row}.{layer}": tensor for (row, layer), tensor in kv.observed.samples.items()}
+    if kv.delayed is not None:
+        samples |= {f"delayed.{name}": tensor.clone() for name, tensor in kv.delayed.tensors.items()}
     return packed | samples | {"lengths": kv.lengths.clone(), "queries": kv.observed.last.clone()}
 
 
@@ -44,6 +47,8 @@ def unpack(kv: PagedKVCache, tensors: dict[str, Tensor]) -> None:
             kv.fill(layer, row, counts, part)
             start += sum(counts)
     kv.observed.last.copy_(tensors["queries"])
+    if kv.delayed is not None:
+        kv.delayed.load({name: tensors[f"delayed.{name}"] for name in kv.delayed.tensors})
     for name, tensor in tensors.items():
         if name.startswith("samples."):
             row_text, layer_text = name.removeprefix("samples.").split(".")

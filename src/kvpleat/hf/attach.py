@@ -1,9 +1,9 @@
 """Attaching a policy to a transformers model, and taking it off again: `with compress(model, policy) as pleated`.
 
 What happens on attach, all of it undone on detach: the model's attention implementation is set to kvpleat's through
-transformers' own interface, one hook before and one after the decoder's forward are registered, and `generate` is
-shadowed on this one model object by a wrapper that states where the prompt ends and refuses what cannot work. No class
-is touched.
+transformers' own interface, one hook before and one after the decoder's forward are registered (and one before each
+layer's attention where gates decide), and `generate` is shadowed on this one model object by a wrapper that states
+where the prompt ends and refuses what cannot work. No class is touched.
 """
 
 import inspect
@@ -19,10 +19,10 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_ma
 from kvpleat.accounting import MemoryReport
 from kvpleat.cache.pages import PagePool
 from kvpleat.errors import AttachError, CacheError, UnsupportedError
-from kvpleat.hf import adapters, attention, calls, feed
+from kvpleat.hf import adapters, attention, borrowed, calls, feed, gated
 from kvpleat.hf.attention import IMPLEMENTATION, ForwardCall
 from kvpleat.hf.cache import PleatedCache
-from kvpleat.hf.families import ModelFacts, base_of, cache_argument, describe, given_cache
+from kvpleat.hf.families import ModelFacts, cache_argument, describe, given_cache
 from kvpleat.hf.generate import wrap_generate
 from kvpleat.policies.base import Policy
 from kvpleat.types import Phase
@@ -44,7 +44,7 @@ class Pleated:
     def __init__(self, model: nn.Module, policy: Policy, *, page_size: int = 16, max_pages: int | None = None) -> None:
         self.model: Any = model
         facts = describe(model, page_size)
-        self.policy = policy.for_model(base_of(model, facts))
+        self.policy = borrowed.gates_for(model, facts, policy)
         self.facts: ModelFacts = facts.stored_with(self.policy.fields, self.policy.bits)
         self._max_pages = max_pages
         self.pool: PagePool  # made on attach
@@ -98,6 +98,8 @@ class Pleated:
             self._handles = [
                 decoder.register_forward_pre_hook(self._before, with_kwargs=True),
                 decoder.register_forward_hook(self._after, with_kwargs=True),
+                *gated.register(self.facts, self.policy),
+                *borrowed.register(self.facts, self.policy),
             ]
             if hasattr(self.model, "generate"):
                 self._own_generate = self.model.__dict__.get("generate")

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from kvpleat.cache.paged import PagedKVCache
 from kvpleat.cache.pieces import readable, stream_pieces
 from kvpleat.errors import AttachError, UnsupportedError
+from kvpleat.hf import gated
+from kvpleat.hf.borrowed import clear
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.families import sliding_attention
 from kvpleat.kernels import cpu, reference, sdpa
 from kvpleat.policies.base import LayerScores
-from kvpleat.types import Phase, PolicyInput
+from kvpleat.types import Marks, Phase, PolicyInput
 
 IMPLEMENTATION = "kvpleat"  # the name in transformers' AttentionInterface and AttentionMaskInterface
 
@@ -36,6 +38,7 @@ class ForwardCall:
         phase: of the tokens.
         ends_prompt: whether a prompt ends with this call.
         moments: per row the moments within this call, the prompt's end included.
+        marks: per layer what gates say about the tokens [R, H, T]; empty where the policy decides at moments.
     """
 
     cache: PleatedCache
@@ -45,6 +48,7 @@ class ForwardCall:
     phase: Phase
     ends_prompt: bool
     moments: list[list[int]] = field(default_factory=list)
+    marks: dict[int, Marks] = field(default_factory=dict)
 
     def competes(self, row: int, moment: int) -> bool:
         """Whether layers compete at a moment: at ends of prompts and while decoding, when every layer comes to it."""
@@ -95,6 +99,7 @@ def attention_forward(
             "Leave autocast, and load the model in the dtype it runs in."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = clear(query, kvpleat_call.cache.pleated.policy)
     attended = _attend(kvpleat_call, facts.layers.index(index), query, key, value, scale, softcap)
     return attended.transpose(1, 2).contiguous(), None
 
@@ -110,7 +115,10 @@ def _attend(
         kept = slice(None) if call.tokens is None else call.tokens[row]
         if count or call.moments[row]:
             q, k, v = query[row, :, kept], key[row, :, kept], value[row, :, kept]
-            out[row, :, kept] = _attend_row(call, layer, row, q, k, v, scale, softcap)
+            if call.marks:
+                out[row, :, kept] = gated.attend_row(call, layer, row, kept, (q, k, v), scale, softcap)
+            else:
+                out[row, :, kept] = _attend_row(call, layer, row, q, k, v, scale, softcap)
     return out
 
 
@@ -119,8 +127,11 @@ def _decode_step(
 ) -> Tensor:
     """One token of every row on a CPU: query [R, Q, 1, D], key and value [R, H, 1, D] -> [R, Q, 1, D]."""
     cache, kv = call.cache, _kv(call)
-    positions = torch.tensor(cache.positions, dtype=torch.int32)[:, None]
-    kv.append_rows(layer, list(range(kv.num_rows)), key, value, positions)
+    if call.marks:
+        gated.step(kv, layer, cache.positions, key, value, call.marks[layer])
+    else:
+        positions = torch.tensor(cache.positions, dtype=torch.int32)[:, None]
+        kv.append_rows(layer, list(range(kv.num_rows)), key, value, positions)
     coded = kv.shape.bits is not None
     asked = reference.spread(query) if coded else query  # what is mixed like the stored keys gives the same products
     scratch = cpu.scratch_for(asked) if coded else None

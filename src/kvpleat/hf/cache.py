@@ -159,7 +159,8 @@ class PleatedCache(Cache):
         """The entries, made on the first call for `num_rows` rows; later calls must bring as many."""
         if self.kv is None:
             facts = self.pleated.facts
-            self.kv = PagedKVCache(self.pleated.pool, num_rows, self.pleated.policy.observation_window, facts.rotary)
+            policy, pool = self.pleated.policy, self.pleated.pool
+            self.kv = PagedKVCache(pool, num_rows, policy.observation_window, facts.rotary, policy.delayed)
             self.positions, self.last_moments = [0] * num_rows, [0] * num_rows
             self.shares = [[1 / facts.shape.num_layers] * facts.shape.num_layers for _ in range(num_rows)]
         if self.kv.num_rows != num_rows:

@@ -97,7 +97,7 @@ def describe(model: nn.Module, page_size: int = 16) -> ModelFacts:
         )
     _refuse_features(config, family_name)
     sliding, layers = _split_layers(config, family_name)
-    attention: list[Any] = [getattr(layer, family.attention) for layer in getattr(decoder, family.layers)]
+    attention = _attention(decoder, family)
     parameter = next(decoder.parameters())
     _refuse_mixed_dtypes(decoder, parameter)
     num_q_heads: int = config.num_attention_heads
@@ -122,6 +122,15 @@ def describe(model: nn.Module, page_size: int = 16) -> ModelFacts:
         max_positions=config.max_position_embeddings,
         device=parameter.device,
     )
+
+
+def _attention(decoder: nn.Module, family: Family) -> list[Any]:
+    return [getattr(layer, family.attention) for layer in getattr(decoder, family.layers)]
+
+
+def attention_modules(facts: ModelFacts) -> list[nn.Module]:
+    """The attention module of every layer of the model, sliding-window layers too."""
+    return _attention(facts.decoder, FAMILIES[facts.family])
 
 
 def base_of(model: nn.Module, facts: ModelFacts) -> dict[str, Any]:

@@ -83,13 +83,14 @@ def rotate(keys: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:
         rotary: None for models without rotary embedding; their keys are returned as they are.
 
     Returns:
-        [..., D] float32. Angles are computed in float64: a float32 angle of 1e5 radians is off by 1e-2.
+        [..., D] float32 (float64 stays float64). Angles are computed in float64: a float32 angle of 1e5 radians is off
+        by 1e-2.
     """
-    keys = keys.float()
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     if rotary is None:
         return keys
     angle = distance[..., None].double() * rotary.inv_freq.double()
-    cos, sin = angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
     half = rotary.inv_freq.numel()
     first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
@@ -122,7 +123,7 @@ def merge_into(
 
     def mean(x: Tensor, moved: Tensor) -> Tensor:
         terms = torch.where(member[..., None], moved * fraction[..., None], 0.0)
-        out = torch.zeros(num_heads, num_entries, head_dim, device=x.device)
+        out = torch.zeros(num_heads, num_entries, head_dim, dtype=terms.dtype, device=x.device)
         out.scatter_add_(1, safe[..., None].expand_as(terms), terms)
         return torch.where((count > 1)[..., None], out.to(x.dtype), x)
 

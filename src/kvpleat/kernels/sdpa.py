@@ -61,13 +61,13 @@ def attend_chunk(
         visible = torch.cat([old, causal.expand(old.shape[0], -1, -1)], dim=-1)
         end = num_past + stop  # causality: later entries of the chunk are not even read
         block_bias = None if bias is None else F.pad(bias, (0, stop))
-        out[:, :, start:stop] = _attend_block(
+        out[:, :, start:stop] = attend_block(
             q[:, :, start:stop], k[:, :end], v[:, :end], block_bias, visible, scale, softcap
         )
     return out.view(-1, num_new, head_dim)
 
 
-def _attend_block(
+def attend_block(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, visible: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """q [H, G, B, D] over k, v [H, N, D] with bias [H, N] and visible [H or 1, B, N]: [H, G, B, D]."""

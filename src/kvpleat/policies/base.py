@@ -65,8 +65,9 @@ class Policy(ABC):
         """Tokens that a marked entry stays visible for after its own; None: the policy decides at moments."""
         return None if self.delayed is None else self.delayed.tokens
 
-    def to_device(self, device: torch.device) -> None:
-        """Move what was learned to the model's device."""
+    def to_device(self, device: torch.device) -> Self:
+        """This policy, with what it learned moved to the model's device."""
+        return self
 
     def marks(self, layer: int, hidden: Tensor) -> Marks:
         """What is decided about each token of a layer, where `delayed` is given: marks [R, H, T] each.

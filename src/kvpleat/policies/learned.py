@@ -53,6 +53,7 @@ class Learned(Policy):
 
     biases: ClassVar[tuple[float, ...]]  # what each output of an untrained gate says
     merges: ClassVar[bool] = False  # whether a marked entry leaves something behind
+    weighs: ClassVar[bool] = False  # whether members of a group count differently (b)
     log_size: ClassVar[bool] = False  # whether log z counts in attention
 
     def __post_init__(self) -> None:
@@ -115,10 +116,11 @@ class Learned(Policy):
     @property
     def delayed(self) -> Delay:
         config = self._loaded.config
-        return Delay(config.delay, self.merges, self.log_size, config.look_back)
+        return Delay(config.delay, self.merges, self.weighs, self.log_size, config.look_back)
 
-    def to_device(self, device: torch.device) -> None:
+    def to_device(self, device: torch.device) -> Self:
         self._loaded.to(device)
+        return self
 
     def marks(self, layer: int, hidden: Tensor) -> Marks:
         return self.judge(self._loaded(layer, hidden))
@@ -199,6 +201,7 @@ class DMC(Learned):
     guarantees: ClassVar[str] = DMS.guarantees
     biases: ClassVar[tuple[float, ...]] = (-5.0, 2.0)
     merges: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
 
     def judge(self, logits: Tensor) -> Marks:
         return Marks(logits[0] > 0, torch.zeros_like(logits[0]), torch.sigmoid(logits[1]))
