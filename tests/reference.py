@@ -198,26 +198,25 @@ class Learned:
         return keys, values, sizes, marked
 
     def attend(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: Any) -> Tensor:
-        """query [Q, T, D] over key and value [H, T, D]: [T, Q, D], one query at a time."""
+        """query [Q, T, D] over key and value [H, T, D]: [T, Q, D]."""
         hidden, turn = self.entering[layer]
         keys, values, sizes, marked = self.entries(number, key, value, hidden, turn)
         groups = query.shape[0] // key.shape[0]
         out = torch.zeros_like(query)
+        length = key.shape[1]
         for head in range(key.shape[0]):
-            for i in range(query.shape[1]):
-                seen = []  # key, value, bias
+            bias = torch.full((length, 2 * length), float("-inf"), dtype=torch.float64)  # raw entries, then groups
+            leaves, size = marked[head].tolist(), sizes[head].tolist()
+            for i in range(length):
                 for j in range(i + 1):
                     if i - j < self.delay:
-                        seen.append((key[head, j], value[head, j], 0.0))
-                    elif i - j == self.delay or not marked[head, j + 1]:
-                        bias = float(sizes[head, j]) if self.method == "fold" else 0.0
-                        seen.append((keys[head, j], values[head, j], bias))
-                k, v = torch.stack([x[0] for x in seen]), torch.stack([x[1] for x in seen])
-                of_head = slice(head * groups, (head + 1) * groups)
-                logits = query[of_head, i] @ k.T * scale
-                logits = logits if cap is None else torch.tanh(logits / cap) * cap
-                logits = logits + torch.tensor([x[2] for x in seen], dtype=torch.float64)
-                out[of_head, i] = torch.softmax(logits, dim=-1) @ v
+                        bias[i, j] = 0.0
+                    elif i - j == self.delay or not leaves[j + 1]:
+                        bias[i, length + j] = size[j] if self.method == "fold" else 0.0
+            of_head = slice(head * groups, (head + 1) * groups)
+            logits = query[of_head] @ torch.cat([key[head], keys[head]]).T * scale
+            logits = (logits if cap is None else torch.tanh(logits / cap) * cap) + bias
+            out[of_head] = torch.softmax(logits, dim=-1) @ torch.cat([value[head], values[head]])
         return out.transpose(0, 1)
 
 

@@ -18,7 +18,7 @@ from kvpleat.policies import DMC, DMS, Fold, Full, GateConfig, Gates
 from kvpleat.policies.learned import Learned
 from tests import models, reference
 
-LENGTH, ROUNDING = 75, 1e-5
+LENGTH, ROUNDING = 61, 1e-5
 KINDS: dict[str, tuple[type[Learned], int, int | None]] = {
     "dms": (DMS, 5, None),
     "fold": (Fold, 3, None),
@@ -28,10 +28,10 @@ KINDS: dict[str, tuple[type[Learned], int, int | None]] = {
 }
 PIECES = {
     "whole": [LENGTH],
-    "pieces": [1, 7, 2, 30, 3, 11],
+    "pieces": [1, 7, 2, 26, 3, 11],
     "one by one": [1],
-    "prompt, then decode": [41, 1],
-    "turns": [20, 1, 1, 1, 13, *[1] * 9, 2, 1, 8],
+    "prompt, then decode": [38, 1],
+    "turns": [17, 1, 1, 1, 13, *[1] * 7, 2, 1, 8],
 }
 
 
@@ -98,3 +98,89 @@ class TestOneFunction:
         with compress(model, policy_for(model, kind)) as pleated:
             found = feed(model, tokens, pleated.new_cache(), PIECES[pieces])
         close(found, expected(family, kind))
+
+    def test_fork_in_the_middle(self, family: str, kind: str) -> None:
+        """A fork goes on as the original would, and neither notices what the other is fed."""
+        model, tokens = models.tiny(family), models.prompt(LENGTH)[0]
+        other = torch.cat([tokens[:40], models.prompt(LENGTH - 40, seed=5)[0]])
+        with compress(model, policy_for(model, kind)) as pleated:
+            cache = pleated.new_cache()
+            feed(model, tokens[:40], cache, [40])
+            twin, found = cache.fork(), []
+            for start in range(40, LENGTH, 5):  # in turns, so that pages of both are taken and given back in between
+                found.append(feed(model, tokens[start : start + 5], cache, [5]))
+                found.append(feed(model, other[start : start + 5], twin, [1]))
+            check_pool(pleated, cache, twin)
+        close(torch.cat(found[0::2]), expected(family, kind)[40:])
+        close(torch.cat(found[1::2]), by_definition(model, other, kind)[40:])
+
+    def test_save_and_load_in_the_middle(self, family: str, kind: str, tmp_path: Path) -> None:
+        """A loaded cache goes on as the saved one would, in an attachment of its own."""
+        model, tokens = models.tiny(family), models.prompt(LENGTH)[0]
+        with compress(model, policy_for(model, kind)) as pleated:
+            cache = pleated.new_cache()
+            feed(model, tokens[:50], cache, [33, 1])
+            cache.save(tmp_path / "chat.safetensors")
+        with compress(model, policy_for(model, kind), page_size=32) as pleated:
+            found = feed(model, tokens[50:], pleated.load_cache(tmp_path / "chat.safetensors"), [1, 1, 12, 1])
+        close(found, expected(family, kind)[50:])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("chunk", [1, 7, 200])
+    def test_in_a_padded_batch(self, family: str, kind: str, side: str, chunk: int) -> None:
+        """Each row of a padded batch computes what it computes alone, and goes on so."""
+        if side == "right" and family.startswith("gemma") and chunk != 200:
+            pytest.skip("the model's own sliding windows count columns, padding included")
+        model, lengths, more = models.tiny(family), [41, 1, 29], 9
+        rows = [models.prompt(LENGTH, seed=i)[0] for i in range(3)]
+        ids, mask = pad([row[:length] for row, length in zip(rows, lengths, strict=True)], side)
+        with compress(model, policy_for(model, kind)) as pleated:
+            cache, logits = pleated.new_cache(), []
+            for start in range(0, ids.shape[1], chunk):
+                stop = min(start + chunk, ids.shape[1])
+                logits.append(forward(model, ids[:, start:stop], mask[:, :stop], cache))
+            if side == "left" or not family.startswith("gemma"):
+                lengths = [length + more for length in lengths]
+                for step in range(-more, 0):
+                    new = torch.stack([row[length + step] for row, length in zip(rows, lengths, strict=True)])
+                    mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
+                    logits.append(forward(model, new[:, None], mask, cache))
+            assert cache.kv is not None
+            cache.kv.check_integrity()
+        found = torch.cat(logits, dim=1)
+        for i, length in enumerate(lengths):
+            close(found[i][mask[i].bool()], expected(family, kind, seed=i)[:length])
+
+    def test_generate(self, family: str, kind: str) -> None:
+        """generate on a left-padded batch: the logits that the definition gives for what it wrote."""
+        model, ids = models.tiny(family), models.prompt(30, rows=2)
+        mask = torch.ones_like(ids)
+        mask[1, :11] = 0
+        options = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        with compress(model, policy_for(model, kind)):
+            out = model.generate(ids * mask, attention_mask=mask, **options)
+        for row, padding in ((0, 0), (1, 11)):
+            whole = by_definition(model, out.sequences[row, padding:], kind)
+            close(torch.stack(out.logits)[:, row].to(whole.dtype), whole[-15:-1])
+
+
+def check_pool(pleated: Any, *caches: PleatedCache) -> None:
+    pleated.pool.check_integrity({cache.kv.owner: cache.kv.owned_pages() for cache in caches if cache.kv})
+
+
+def pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as a padded batch: ids and mask [R, T]."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
+def forward(model: Any, ids: Tensor, mask: Tensor, cache: PleatedCache) -> Tensor:
+    """One forward on a padded batch, with positions that count tokens."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, position_ids=positions, **models.given(cache)).logits
