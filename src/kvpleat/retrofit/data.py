@@ -1,8 +1,8 @@
 """Batches to train on: rows of packed documents, and rows of recall tasks among them.
 
-Every row is a pure function of (store, settings, its number): an epoch's rows are laid out from (seed, epoch), and row
-numbers are dealt to batches and ranks in turn. So the place in the data is one number, resuming gives the same bits, and
-two ranks of four rows see what one rank of eight sees.
+Every row is a pure function of the store, the settings and its number: an epoch's rows are laid out from (seed, epoch),
+and row numbers are dealt to batches and ranks in turn. So the place in the data is one number, resuming gives the same
+bits, and two ranks of four rows see what one rank of eight sees.
 """
 
 from collections import deque
@@ -31,8 +31,8 @@ class Batch:
         tokens: [B, T] int64.
         doc_start: [B, T] int32 index within the row of the first token of this token's document. Attention and
             positions never cross it.
-        loss_weight: [B, T] float32 what the prediction of this token (made at the one before) counts: 1, more for answers
-            of recall tasks, 0 for the first token of a document and for padding. Not normalised.
+        loss_weight: [B, T] float32 what the prediction of this token, made at the one before, counts: 1, more for
+            answers of recall tasks, 0 for the first token of a document and for padding. Not normalised.
     """
 
     tokens: Tensor
@@ -49,9 +49,9 @@ class Packing:
     """A store's documents in rows of exactly `length` tokens.
 
     Documents are cut into pieces of `length` tokens. A full piece is a row; the shorter rests and short documents are
-    laid one after the other, in an order drawn for each epoch, and one that does not fit goes on in the next row as a new
-    document. Rows come in an order drawn for each epoch, so a long document's are spread. The last row of the short ones
-    is filled up with padding. Nothing is lost or doubled within an epoch.
+    laid one after the other, and one that does not fit goes on in the next row as a new document. The order of the
+    short ones and that of all rows are drawn for each epoch, so the rows of a long document are spread. The last row of
+    short ones is filled up with padding. Nothing is lost or doubled within an epoch.
 
     Args:
         store: the documents.
@@ -64,9 +64,10 @@ class Packing:
     def __init__(
         self, store: TokenStore, length: int, seed: int = 0, *, boundaries: bool = True, padding: int = 0
     ) -> None:
-        if length < 2:
+        if length < 2 or seed < 0:
             raise OptionError(
-                f"length={length}: a row needs at least 2 tokens to predict one. Choose a greater length."
+                f"length={length}, seed={seed}: a row needs at least 2 tokens to predict one of them, and no seed is "
+                "negative. Choose others."
             )
         if not store.num_tokens:
             raise OptionError("The store holds no tokens, so there is nothing to pack. Pass sources with text.")
@@ -147,7 +148,7 @@ class Mixture:
     ) -> None:
         self.packing, self.recall = packing, recall
         self._batch_rows, self._rank, self._world_size = batch_rows, rank, world_size
-        self._share = Fraction(recall_share).limit_denominator(1000)
+        self._share = Fraction(recall_share).limit_denominator(10**6)
         self._next_row = 0  # of all ranks together
         self._prefetch = prefetch
         self._worker = ThreadPoolExecutor(1, "batches") if prefetch else None
@@ -178,8 +179,8 @@ class Mixture:
         for name in mine:
             if mine[name] != theirs.get(name):
                 raise OptionError(
-                    f"{name}: {theirs.get(name)} when the state was saved, now {mine[name]}, so the batches that follow "
-                    "would be others. Resume with the same settings and texts, or start afresh."
+                    f"{name}: {theirs.get(name)} when the state was saved, now {mine[name]}, so the batches that "
+                    "follow would be others. Resume with the same settings and texts, or start afresh."
                 )
         self._drop_ahead()
         self._next_row = int(state["next_row"])
@@ -256,8 +257,8 @@ def mixture(
         raise OptionError(f"recall_share={recall_share}: a share of the rows lies between 0 and 1.")
     if batch_rows < 1 or not 0 <= rank < world_size or prefetch < 0:
         raise OptionError(
-            f"batch_rows={batch_rows}, rank={rank}, world_size={world_size}, prefetch={prefetch}: a batch has at least one "
-            "row, ranks count from 0 to world_size - 1, and no fewer than 0 batches are made ahead."
+            f"batch_rows={batch_rows}, rank={rank}, world_size={world_size}, prefetch={prefetch}: a batch has at least "
+            "one row, ranks count from 0 to world_size - 1, and no fewer than 0 batches are made ahead."
         )
     padding = (end_tokens(tokenizer) or [0])[0]
     packing = Packing(store, length, seed, boundaries=boundaries, padding=padding)

@@ -3,11 +3,11 @@
 import glob
 import gzip
 import importlib.util
-import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,36 +90,32 @@ class File:
 
     def texts(self, field: str) -> Iterator[tuple[str, float]]:
         name = self.path.name
-        found = (
-            self._whole() if name.endswith(TEXT) else self._lines(field) if name.endswith(LINES) else self._rows(field)
-        )
+        whole, lines = name.endswith(TEXT), name.endswith(LINES)
+        found = self._whole() if whole else self._lines(field) if lines else self._rows(field)
         return ((text, share) for text, share in found if text.strip())
 
     def _whole(self) -> Iterator[tuple[str, float]]:
         try:
-            yield self.path.read_text(encoding="utf-8"), 1.0
+            yield self.path.read_text(encoding="utf-8-sig"), 1.0
         except (OSError, UnicodeDecodeError) as error:
             raise OptionError(
                 f"{self.path} cannot be read as text ({error}). Convert it to UTF-8, or leave it out."
             ) from error
 
     def _lines(self, field: str) -> Iterator[tuple[str, float]]:
-        number = 0
-        with ExitStack() as stack:
-            raw: Any = stack.enter_context(self.path.open("rb"))
-            openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
-            opener = openers.get(self.path.suffix)
-            lines = io.BufferedReader(stack.enter_context(opener(raw, "rb"))) if opener else raw
-            try:
+        size, number = self.size, 0
+        openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+        try:
+            with self.path.open("rb") as raw, openers.get(self.path.suffix, nullcontext)(raw) as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         where = f"{self.path}, line {number}"
-                        yield _text(_object(line, where), field, where), raw.tell() / max(self.size, 1)
-            except (EOFError, OSError, lzma.LZMAError) as error:
-                raise OptionError(
-                    f"{self.path}, line {number + 1}: the rest cannot be unpacked ({error}). The file is damaged or cut "
-                    "off: copy it again, or unpack what is left of it and pass that."
-                ) from error
+                        yield _text(_object(line, where), field, where), raw.tell() / size
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise OptionError(
+                f"{self.path}, line {number + 1}: the file cannot be read any further ({error}). It may be damaged or "
+                "cut off: copy it again, or pass what can be unpacked of it."
+            ) from error
 
     def _rows(self, field: str) -> Iterator[tuple[str, float]]:
         if importlib.util.find_spec("pyarrow") is None:
@@ -139,8 +135,6 @@ class File:
                         row += 1
                         yield _text({field: value}, field, f"{self.path}, row {row}"), row / rows
         except (ArrowException, OSError) as error:
-            if isinstance(error, OptionError):
-                raise
             raise OptionError(
                 f"{self.path} cannot be read as Parquet ({error}). Copy it again, or leave it out."
             ) from error
@@ -172,7 +166,7 @@ class HubSet:
 
 
 def _hub_set(name: str) -> Source:
-    head, _, split = name.removeprefix(HUB).rpartition(":")
+    head, _, split = name.removeprefix(HUB).partition(":")  # a split may hold colons: train[:10%]
     path, _, config = head.partition(",")
     if not path or not split:
         raise OptionError(f"{name!r} does not name a data set and its split. Write {HUB}NAME[,CONFIG]:SPLIT.")
@@ -184,14 +178,14 @@ def _hub_set(name: str) -> Source:
         return HubSet(name, datasets.load_dataset(path, config or None, split=split))
     except Exception as error:  # whatever a data set's own loading raises
         raise OptionError(
-            f"{name} cannot be loaded ({type(error).__name__}: {error}). Check the name, the configuration and the split, "
-            "or save the set as JSONL and pass the file."
+            f"{name} cannot be loaded ({type(error).__name__}: {error}). Check the name, the configuration and the "
+            "split, or save the set as JSONL and pass the file."
         ) from error
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        item = json.loads(line.decode("utf-8"))
+        item = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:  # of the encoding, too
         raise OptionError(f"{where}: not JSON ({error}). Mend or remove the line.") from error
     if not isinstance(item, dict):
@@ -207,7 +201,8 @@ def _text(item: dict[str, Any], field: str, where: str) -> str:
     text = item[field]
     if not isinstance(text, str):
         raise OptionError(
-            f"{where}: {field!r} holds {type(text).__name__}, not a text. Mend it, or name another field with --text-field."
+            f"{where}: {field!r} holds {type(text).__name__}, not a text. Mend it, or name another field with "
+            "--text-field."
         )
     return text
 

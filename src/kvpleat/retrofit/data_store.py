@@ -183,7 +183,7 @@ def _read(folder: Path) -> TokenStore:
         ) from error
     if len(tokens) != ends[-1]:
         raise OptionError(
-            f"{folder} is damaged: {len(tokens)} tokens, where its documents have {ends[-1]}. Remove the folder, and the "
-            "next run makes it again."
+            f"{folder} is damaged: {len(tokens)} tokens, where its documents have {ends[-1]}. Remove the folder, and "
+            "the next run makes it again."
         )
     return TokenStore(tokens, ends)
