@@ -9,7 +9,8 @@ from torch import nn
 
 from kvpleat import accounting
 from kvpleat.cache.pages import PagePool
-from kvpleat.hf.families import base_of, describe
+from kvpleat.hf.borrowed import gates_for
+from kvpleat.hf.families import describe
 from kvpleat.policies.base import Policy
 from kvpleat.types import ENTRY_BITS, KVShape
 
@@ -32,7 +33,7 @@ class Explanation:
 def explain(model: nn.Module, policy: Policy, *, page_size: int = 16) -> Explanation:
     """Explain without attaching. Raises UnsupportedError where `compress` would."""
     facts = describe(model, page_size)
-    policy = policy.for_model(base_of(model, facts))
+    policy = gates_for(model, facts, policy)
     facts = facts.stored_with(policy.fields, policy.bits)
     shape = facts.shape
     softcap = any(cap is not None for _, cap in facts.logits)

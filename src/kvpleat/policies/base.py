@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from kvpleat.policies.gates import Borrowed, Gates
 from kvpleat.policies.lora import LoraWeights
 from kvpleat.types import Decision, Delay, KVShape, Marks, Phase, PolicyInput, check_bits
 
@@ -48,6 +49,20 @@ class Policy(ABC):
     @property
     def adapter(self) -> LoraWeights | None:
         """What is merged into the model's weights while the policy is attached."""
+        return None
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether the policy is to be given gates that are channels of the model, by `with_gates`."""
+        return False
+
+    def with_gates(self, gates: Gates) -> Self:
+        """The same policy with these gates."""
+        raise NotImplementedError(f"{self.name} has no gates")
+
+    @property
+    def borrowed(self) -> Borrowed | None:
+        """Channels of queries and keys that the policy reads and attention must not."""
         return None
 
     @property

@@ -21,6 +21,7 @@ FORMAT = "kvpleat-gates-1"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "gates.safetensors"
 SHIPPED = Path(__file__).parent / "pretrained"  # a folder for each set of gates that comes with kvpleat
 BASE = ("family", "num_layers", "num_kv_heads", "num_q_heads", "head_dim", "hidden_size", "vocab_size")
+OWN = "model"  # name of the gates that are channels of the model itself: see kvpleat.hf.borrowed
 METHODS = {"dms": 1, "fold": 2, "dmc": 2}  # method -> numbers a gate gives per token and KV head
 
 
@@ -73,6 +74,18 @@ class GateConfig:
         return ", ".join(wrong)
 
 
+@dataclass(frozen=True)
+class Borrowed:
+    """Last channels that carry a gate's numbers and so take no part in attention.
+
+    Args:
+        query_step: of every so many query heads, from the first on. keys: whether of all keys too.
+    """
+
+    query_step: int
+    keys: bool
+
+
 class Gates(nn.Module):
     """The gates of all layers.
 
@@ -83,12 +96,14 @@ class Gates(nn.Module):
 
     Attributes:
         adapter: LoRA that was trained together with the gates, or None; merged into the model's weights on attach.
+        borrowed: channels of the model that these gates read, or None.
     """
 
     def __init__(self, config: GateConfig, biases: tuple[float, ...] | None = None, source: str = "") -> None:
         super().__init__()
         self.config, self.source = config, source
         self.adapter: LoraWeights | None = None
+        self.borrowed: Borrowed | None = None
         size = config.outputs * config.num_kv_heads
         inner = config.mlp_size
         self.inner = nn.ModuleList(

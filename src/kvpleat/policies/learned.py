@@ -20,7 +20,7 @@ from torch import Tensor
 from kvpleat.errors import OptionError
 from kvpleat.policies.base import Policy
 from kvpleat.policies.budget import check_ratio
-from kvpleat.policies.gates import GateConfig, Gates, find_shipped
+from kvpleat.policies.gates import OWN, Borrowed, GateConfig, Gates, find_shipped
 from kvpleat.policies.lora import LoraWeights
 from kvpleat.types import Decision, Delay, KVShape, Marks, Phase, PolicyInput
 
@@ -94,11 +94,22 @@ class Learned(Policy):
                 f"{gates!r} are for another model: {misfit}. Load the model they were trained on, or train gates for "
                 "this one with `kvpleat retrofit`."
             )
-        return self if gates is self.gates else replace(self, ratio=None, gates=gates)
+        return self if gates is self.gates else self.with_gates(gates)
 
     @property
     def adapter(self) -> LoraWeights | None:
         return self.gates.adapter if isinstance(self.gates, Gates) else None
+
+    @property
+    def borrowed(self) -> Borrowed | None:
+        return self.gates.borrowed if isinstance(self.gates, Gates) else None
+
+    @property
+    def reads_model(self) -> bool:
+        return self.gates == OWN
+
+    def with_gates(self, gates: Gates) -> Self:
+        return replace(self, ratio=None, gates=gates)
 
     def to_dict(self) -> dict[str, Any]:
         """As in Policy, with the label of gates in place of gates that are loaded."""
