@@ -108,6 +108,7 @@ def test_prefill_chunk_does_not_change_the_answer(tiny_folder: Path) -> None:
         (["--policy", "window", "--coverage", "0.9"], "policy window has no such option. It takes --ratio."),
         (["--policy", "window", "--gates", "mine"], "policy window has no such option. It takes --ratio."),
         (["--policy", "dms", "--gates", "mine", "--ratio", "2"], "exactly one of the two says which gates decide"),
+        (["--policy", "dms", "--gates", "model"], "The model's config has no dms_window_size"),
         (["--policy", "dms", "--gates", "./nowhere"], "No gates can be loaded from './nowhere'"),
         (["--policy", "full", "--ratio", "2"], "policy full has no such option. It takes none of them."),
         (["--ratio", "0.75"], "1/(1-r): ratio=4"),

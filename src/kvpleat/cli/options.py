@@ -169,7 +169,10 @@ Ratio = Annotated[
 Coverage = Annotated[float | None, typer.Option(help="Share of attention to keep, such as 0.98, instead of a ratio.")]
 Gates = Annotated[
     str | None,
-    typer.Option(help="Gates of dms, fold or dmc instead of a ratio: a name (`kvpleat policies`) or folder."),
+    typer.Option(
+        help="Gates of dms, fold or dmc instead of a ratio: a name (`kvpleat policies`), a folder, or `model`: its own "
+        "channels, as in NVIDIA's DMS and DMC checkpoints."
+    ),
 ]
 Bits = Annotated[
     int | None, typer.Option(help="Bits of a stored number: 8, 6 (keys 8, values 4) or 4 (default: the model's dtype).")
