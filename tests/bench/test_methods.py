@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvpleat import policies
 from kvpleat.accounting import storage_bytes
 from kvpleat.bench import methods
 from kvpleat.bench.methods import peers
 from kvpleat.errors import OptionError, PeerError
+from kvpleat.hf.families import base_of, describe
 from kvpleat.hf.models import LoadedModel
+from kvpleat.policies import learned
 from tests.bench import byte_model
 
 PROMPT, MORE = 700, 40
@@ -117,6 +120,29 @@ def test_forks_are_independent(loaded: LoadedModel, ids: torch.Tensor, spec: str
             torch.testing.assert_close(fork.decode(ids[:, PROMPT:]), expected[:, 1:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(session.decode(ids[:, PROMPT:]), expected[:, 1:], atol=1e-5, rtol=1e-4)
     assert loaded.model.config._attn_implementation != "kvpleat"
+
+
+@pytest.mark.parametrize("name", ["dms", "fold", "dmc"])
+def test_gates_of_a_folder_are_a_method(loaded: LoadedModel, ids: torch.Tensor, name: str, tmp_path: Path) -> None:
+    """Gates that mark every token: a session holds little more than their delay, and forks are independent."""
+    base = base_of(loaded.model, describe(loaded.model))
+    policy = policies.registry()[name]
+    assert issubclass(policy, learned.Learned)
+    shape = {key: base[key] for key in ("num_layers", "num_kv_heads", "hidden_size")}
+    gates = learned.new_gates(policy, delay=0 if name == "dmc" else 32, base=base, **shape)
+    for layer in gates.outer:
+        torch.nn.init.constant_(layer.bias, 5.0)
+    gates.save_pretrained(tmp_path)
+    method = methods.parse(f"{name}:gates={tmp_path}")
+    expected, memory = run(method, loaded, ids)
+    assert memory.kept is not None
+    assert all(kept == (1 if name == "dmc" else 33) for layer in memory.kept for kept in layer)
+    assert memory.allocated_bytes < memory.full_bytes / 8
+    with method.open(loaded) as session:
+        session.prefill(ids[:, :PROMPT])
+        with session.fork() as fork:
+            fork.decode(ids[:, :30])
+        torch.testing.assert_close(session.decode(ids[:, PROMPT:]), expected[:, 1:], atol=1e-5, rtol=1e-4)
 
 
 def test_random_eviction_is_within_its_ratio(loaded: LoadedModel, ids: torch.Tensor) -> None:
