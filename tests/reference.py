@@ -7,7 +7,7 @@ compared with this.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,8 @@ class Learned:
     Args:
         method: dms, fold or dmc. weights, biases: per full-attention layer [outputs * H, hidden] and [outputs * H].
         scale: factor on the gate's product. delay: W. look_back: newest members of a group that count; None: all.
+        stored: what is read back of a key or value [..., D] that is stored; a group that merges at once is made of
+            what was computed, others of what is read back.
     """
 
     method: str
@@ -155,6 +157,7 @@ class Learned:
     scale: float
     delay: int
     look_back: int | None = None
+    stored: Callable[[Tensor], Tensor] = lambda x: x
     entering: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)  # layer -> hidden states, cos and sin
 
     def gates(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +188,9 @@ class Learned:
         """Keys and values [H, T, D] and log-sizes [H, T] of the groups as they are after each token, and [H, T] marks:
         `key` and `value` are [H, T, D]."""
         marked, carry, weight = self.gates(number, hidden)
-        keys, values, sizes = key.clone(), value.clone(), torch.zeros(key.shape[:2], dtype=torch.float64)
+        keys, values, sizes = self.stored(key), self.stored(value), torch.zeros(key.shape[:2], dtype=torch.float64)
+        key, value = (key, value) if self.delay == 0 else (keys.clone(), values.clone())
+        keys, values = keys.clone(), values.clone()
         for head in range(key.shape[0]):
             for t in range(key.shape[1]):
                 members = self.group(t, marked[head], carry[head], weight[head])
@@ -193,14 +198,17 @@ class Learned:
                 sizes[head, t] = math.log(total)
                 if len(members) > 1:
                     plain = sum(share / total * turned(key[head, u], turn, u, back=True) for u, share in members)
-                    keys[head, t] = turned(plain, turn, t)
-                    values[head, t] = sum(share / total * value[head, u] for u, share in members)
+                    keys[head, t] = self.stored(turned(plain, turn, t))
+                    values[head, t] = self.stored(sum(share / total * value[head, u] for u, share in members))
         return keys, values, sizes, marked
 
-    def attend(self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: Any) -> Tensor:
-        """query [Q, T, D] over key and value [H, T, D]: [T, Q, D]."""
+    def attend(
+        self, number: int, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: Any
+    ) -> Tensor:
+        """query [Q, T, D] over key and value [H, T, D] of a layer, the `number`-th with full attention: [T, Q, D]."""
         hidden, turn = self.entering[layer]
         keys, values, sizes, marked = self.entries(number, key, value, hidden, turn)
+        key, value = self.stored(key), self.stored(value)
         groups = query.shape[0] // key.shape[0]
         out = torch.zeros_like(query)
         length = key.shape[1]
@@ -250,12 +258,11 @@ def learned_forward(model: Any, tokens: Tensor, learned: Learned) -> Tensor:
         turn = kwargs.get("position_embeddings")
         learned.entering[module.layer_idx] = hidden, None if turn is None else (turn[0][0], turn[1][0])
 
-    index = torch.arange(length)
-    masks = {
-        layer: (causal(length) & (index[:, None] - index[None] < window)).expand(model.config.num_key_value_heads, -1, -1)
-        for layer, window in enumerate(windows)
-        if window is not None
-    }
+    index, masks = torch.arange(length), {}
+    for layer, window in enumerate(windows):
+        if window is not None:
+            near = causal(length) & (index[:, None] - index[None] < window)
+            masks[layer] = near.expand(model.config.num_key_value_heads, -1, -1)
     with _masked(model, masks), torch.no_grad():
         AttentionInterface.register(NAME, attend)
         for layer in full:

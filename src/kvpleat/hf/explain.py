@@ -12,7 +12,7 @@ from kvpleat.cache.pages import PagePool
 from kvpleat.hf.borrowed import gates_for
 from kvpleat.hf.families import describe
 from kvpleat.policies.base import Policy
-from kvpleat.types import ENTRY_BITS, KVShape
+from kvpleat.types import ENTRY_BITS, Delay, KVShape
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,11 @@ def explain(model: nn.Module, policy: Policy, *, page_size: int = 16) -> Explana
             "keys": "moved to the position they merge into (rotary embedding)"
             if facts.rotary
             else "merged as they are (no rotary)",
+            **({} if policy.delayed is None else {"leaving": _leaving(policy.delayed)}),
             "prefill": "reference kernel, in float32 (SDPA knows no logit soft cap)"
             if softcap
-            else "torch SDPA in blocks of queries",
+            else "torch SDPA in blocks of queries"
+            + ("" if policy.delayed is None else ", over what stays and what is young"),
             "decode": (
                 "CPU kernel over pages in place, one stream after the other" if on_cpu else "gathered pages, torch SDPA"
             )
@@ -82,3 +84,11 @@ def _stored(shape: KVShape) -> str:
         f"{shape.bits} bits a number (keys {keys}, values {values}), a scale and a zero each for a key and a value, "
         f"quantised once, when appended: {size}"
     )
+
+
+def _leaving(delay: Delay) -> str:
+    """What becomes of marked entries, and when, in words."""
+    when = f"once they are {delay.tokens} tokens old" if delay.tokens else "at once"
+    newest = f", whose newest {delay.look_back} members count" if delay.look_back else ""
+    merged = f"merge into the entries after them{newest}" if delay.merges else "are evicted"
+    return f"gates mark entries, which {merged} {when}; a token that comes then is written in their place"
