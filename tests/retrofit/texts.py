@@ -42,6 +42,7 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     return fast
 
 
+@cache
 def prose_store() -> TokenStore:
     """`prose` in documents of a paragraph or more."""
     fast = tokenizer()

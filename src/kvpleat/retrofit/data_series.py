@@ -254,7 +254,7 @@ def passages(draw: Draw) -> Task | None:
     told = draw.pick(sentences)
     words = told.split(" ")
     cue = draw.between(4, 7)
-    first, rest = " ".join(words[:cue]), " ".join(words[cue:])
+    first, rest = " ".join(words[:cue]), " ".join(words[cue:]).strip()
     question, lead = draw.pick(
         [
             (f'One sentence begins "{first}". How does it go on?', first),
