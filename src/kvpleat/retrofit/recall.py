@@ -1,7 +1,7 @@
 """Recall tasks: rows of real text with statements scattered in, and questions that need them thousands of tokens on.
 
-A row is a function of (seed, index). Tasks of random kinds are drawn until they fill a share of the row. Statements go to
-random depths of real text, some questions follow in the middle, and all of them come at the end, those of the middle
+A row is a function of (seed, index). Tasks of random kinds are drawn until they fill a share of the row. Statements go
+to random depths of real text, some questions follow in the middle, and all of them come at the end, those of the middle
 again. Answers are drawn at random, so that only the row itself can tell them.
 """
 
