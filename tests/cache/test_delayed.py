@@ -88,7 +88,7 @@ class Run:
 
     def step(self, random: torch.Generator) -> None:
         for layer in range(LAYERS):
-            positions = torch.tensor([len(self.streams[row, layer, 0].tokens) for row in range(ROWS)])
+            positions = [len(self.streams[row, layer, 0].tokens) for row in range(ROWS)]
             delayed.step(self.kv, layer, slice(None), positions, *self.new_tokens(layer, [0, 1], 1, random))
 
     def extend(self, row: int, count: int, random: torch.Generator) -> None:
@@ -181,7 +181,7 @@ def test_a_step_where_all_is_marked_takes_no_memory(name: str) -> None:
     for position in range(60):
         one = torch.full((ROWS, HEADS, 1, DIM), float(position), dtype=torch.float64)
         for layer in range(LAYERS):
-            delayed.step(kv, layer, slice(None), torch.full((ROWS,), position), one, one, marks)
+            delayed.step(kv, layer, slice(None), [position] * ROWS, one, one, marks)
         assert bool((kv.lengths == min(position, delay.tokens) + 1).all())
     kv.check_integrity()
     assert kv.pages_in_use == ROWS * LAYERS * HEADS
@@ -207,7 +207,7 @@ def test_out_of_pages(name: str, tokens: int) -> None:
         delayed.extend(kv, 0, 0, 16, *unmarked(tokens))
     keys, values, marks = unmarked(1)
     with pytest.raises(OutOfPagesError):
-        delayed.step(kv, 0, slice(None), torch.tensor([16]), keys[None], values[None], marks.each(lambda x: x[None]))
+        delayed.step(kv, 0, slice(None), [16], keys[None], values[None], marks.each(lambda x: x[None]))
     kv.check_integrity()
     assert kv.pages_in_use == pages
     for name, tensor in snapshot.pack(kv).items():

@@ -94,9 +94,10 @@ def test_groups(rotary: Rotary | None, look_back: int | None) -> None:
     logs = carries(2, tokens, seed=5, start=0.3)
     logs[:, 0] = -torch.inf
     positions = torch.arange(40, 40 + tokens)
+    turn = None if rotary is None else reference.turn(positions, rotary, torch.float64)
     known = 1 if look_back is None else look_back - 1
     before = Newest(torch.zeros(2, known, 2 * dim + 1).double(), torch.zeros(2, 0 if look_back is None else known))
-    found_keys, found_values, size, _ = groups(keys, values, positions, logs, weight, before, look_back, rotary)
+    found_keys, found_values, size, _ = groups(keys, values, turn, logs, weight, before, look_back)
     for h in range(2):
         turned = torch.stack([reference.rotate(keys[h], t - positions, rotary) for t in positions])  # [to, of, D]
         total = summed(weight[h, :, None], logs[h], look_back)
@@ -113,7 +114,7 @@ def test_members_without_weight_are_no_division_by_zero() -> None:
     before = Newest(torch.zeros(1, 1, 5), torch.zeros(1, 0))
     logs = torch.tensor([[-torch.inf, 0.0]])
     keys = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    found, _, _, _ = groups(keys, keys, torch.arange(2), logs, torch.zeros(1, 2), before, None, None)
+    found, _, _, _ = groups(keys, keys, None, logs, torch.zeros(1, 2), before, None)
     torch.testing.assert_close(found[0], torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
 
 

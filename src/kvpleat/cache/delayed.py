@@ -15,6 +15,7 @@ from kvpleat import accounting
 from kvpleat.cache.entries import Content, decode, encode, fit, packed, replaced
 from kvpleat.kernels.delayed import Seen
 from kvpleat.kernels.pooling import Newest, groups
+from kvpleat.kernels.reference import Turn, turn
 from kvpleat.types import Delay, KVShape, Marks
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class DelayedState:
     @torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
     def __init__(self, delay: Delay, shape: KVShape, num_rows: int, device: torch.device) -> None:
         self.delay = delay
+        self.places: _Places | None = None  # of the last step
         streams = (num_rows, shape.num_layers, shape.num_kv_heads)
         ring = (*streams, delay.tokens + 1)
         self.tensors = {
@@ -93,19 +95,41 @@ class DelayedState:
         assert not bool(same.any()), "two tokens remember one entry"
 
 
+class _Places(NamedTuple):
+    """What follows from the positions of one token of each row.
+
+    newest, oldest: [r, H, 1] where in the ring the token goes and where the one W tokens before it stands. later:
+    [r, 1, 1] bool, whether it is not the row's first. turn: how a key at the older one's position is rotated.
+    """
+
+    positions: list[int]
+    newest: Tensor
+    oldest: Tensor
+    later: Tensor
+    turn: Turn | None
+
+
+def _places(kv: "PagedKVCache", positions: list[int]) -> _Places:
+    delay, heads = _state(kv).delay.tokens, kv.shape.num_kv_heads
+    new = torch.tensor(positions, device=kv.pool.device)[:, None, None]
+    newest, oldest = (((new + i) % (delay + 1)).expand(-1, heads, 1) for i in range(2))
+    return _Places(list(positions), newest, oldest, new > 0, _turn(kv, new - delay))
+
+
 def step(
-    kv: "PagedKVCache", layer: int, rows: slice, positions: Tensor, keys: Tensor, values: Tensor, marks: Marks
+    kv: "PagedKVCache", layer: int, rows: slice, positions: list[int], keys: Tensor, values: Tensor, marks: Marks
 ) -> None:
     """Take in one token of each row: what leaves with it makes room for it.
 
     Args:
         rows: which rows of the cache.
-        positions: [r] int64 of the tokens. keys, values: [r, H, 1, D] rotated. marks: [r, H, 1] each.
+        positions: of the tokens. keys, values: [r, H, 1, D] rotated. marks: [r, H, 1] each.
     """
     state = _state(kv)
-    ring = state.delay.tokens + 1
-    marks = _first_cannot_mark(marks, positions[:, None, None])
-    at_new, at_old = ((p % ring)[:, None, None].expand(marks.marked.shape) for p in (positions, positions + 1))
+    if state.places is None or state.places.positions != positions:  # all layers of a forward share them
+        state.places = _places(kv, positions)
+    at_new, at_old = state.places.newest, state.places.oldest
+    marks = marks._replace(marked=marks.marked & state.places.later)
     due = state.marks(layer, rows, at_old) if state.delay.tokens else marks  # of the token that is W tokens old now
     leaving = state.tensors["slots"][rows, layer].gather(-1, at_new).long()
     grows = ~due.marked[..., 0]
@@ -119,12 +143,11 @@ def step(
         _write(kv, slots, content)
     if not state.delay.merges:
         return
-    old = positions - state.delay.tokens
     if state.delay.tokens:
         slots = kv.slots(layer, rows, state.tensors["slots"][rows, layer].gather(-1, at_old).long().clamp(min=0))
         content = {name: kv.pool.slots(name)[slots] for name in kv.shape.arrays}
         keys, values = decode(content, kv.shape)
-    joined, after = _join(kv, content, keys, values, old[:, None, None], due, state.newest(layer, rows))
+    joined, after = _join(kv, content, keys, values, state.places.turn, due, state.newest(layer, rows))
     _write(kv, slots, joined)
     _keep(state, layer, rows, after)
 
@@ -140,7 +163,8 @@ def extend(kv: "PagedKVCache", layer: int, row: int, start: int, keys: Tensor, v
     """
     state, shape = _state(kv), kv.shape
     delay, stop = state.delay.tokens, start + keys.shape[1]
-    marks = _first_cannot_mark(marks, torch.arange(start, stop, device=keys.device))
+    later = torch.arange(start, stop, device=keys.device) > 0
+    marks = marks._replace(marked=marks.marked & later)  # nothing lies before a row's first token
     past, past_live, young = _recall(kv, layer, row, start, marks)
     first = stop - young.marks.marked.shape[1]
     raw = _cat(young.content, _encode_new(kv, keys, values))
@@ -149,8 +173,9 @@ def extend(kv: "PagedKVCache", layer: int, row: int, start: int, keys: Tensor, v
     alone = (raw_keys[:, :count], raw_values[:, :count]) if delay else (keys, values)
     formed, after = {name: x[:, :count] for name, x in raw.items()}, None
     if state.delay.merges and count:
-        old, due = torch.arange(first, first + count, device=keys.device), young.marks.each(lambda x: x[:, :count])
-        formed, after = _join(kv, formed, *alone, old, due, state.newest(layer, row))
+        rotation = _turn(kv, torch.arange(first, first + count, device=keys.device))
+        due = young.marks.each(lambda x: x[:, :count])
+        formed, after = _join(kv, formed, *alone, rotation, due, state.newest(layer, row))
     stays = F.pad(~young.marks.marked, (0, 1), value=True)[:, 1 : count + 1]
     kept = stays.clone()
     kept[:, -1:] = True  # the newest group is not decided on yet
@@ -207,7 +232,7 @@ def _join(
     content: Content,
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
+    rotation: Turn | None,
     due: Marks,
     before: Newest,
 ) -> tuple[Content, Newest]:
@@ -219,9 +244,16 @@ def _join(
     assert due.log_carry is not None
     delay, dtype = _state(kv).delay, kv.shape.dtype
     carry = torch.where(due.marked, due.log_carry, -torch.inf)
-    *means, log_size, after = groups(keys, values, positions, carry, due.weight, before, delay.look_back, kv.rotary)
+    *means, log_size, after = groups(keys, values, rotation, carry, due.weight, before, delay.look_back)
     content = replaced(content, due.marked, encode(means[0].to(dtype), means[1].to(dtype), kv.shape))
     return content | ({"log_weight": log_size.float()} if delay.log_size else {}), after
+
+
+def _turn(kv: "PagedKVCache", positions: Tensor) -> Turn | None:
+    """How keys at `positions` are rotated, for `groups`; None: they are not, or nothing merges."""
+    if kv.rotary is None or not _state(kv).delay.merges:
+        return None
+    return turn(positions, kv.rotary, torch.promote_types(kv.shape.dtype, torch.float32))
 
 
 def _keep(state: DelayedState, layer: int, rows: int | slice, after: Newest) -> None:
@@ -240,10 +272,6 @@ def _write(kv: "PagedKVCache", slots: Tensor, content: Content) -> None:
     """Write entries [r, H, 1, ...] into slots [r, H, 1] of the pool."""
     for name, tensor in content.items():
         kv.pool.slots(name).index_copy_(0, slots.flatten(), tensor.flatten(0, 2))
-
-
-def _first_cannot_mark(marks: Marks, positions: Tensor) -> Marks:
-    return marks._replace(marked=marks.marked & (positions > 0))
 
 
 def _followed(old: Marks, new: Marks) -> Marks:

@@ -90,7 +90,7 @@ class PagedKVCache:
 
     def slots(self, layer: int, rows: int | slice | list[int], index: Tensor) -> Tensor:
         """The pool's slots of entries number `index` of their streams: [r, H, n] or, for one row, [H, n]."""
-        pages = self.page_table[rows, layer].long().gather(-1, index // self.shape.page_size)
+        pages = self.page_table[rows, layer].gather(-1, index // self.shape.page_size).long()
         return pages * self.shape.page_size + index % self.shape.page_size
 
     # ---- writing

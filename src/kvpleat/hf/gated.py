@@ -48,7 +48,7 @@ def _asking(policy: Policy, layer: int) -> Callable[[nn.Module, tuple[Any, ...],
 
 def step(kv: PagedKVCache, layer: int, positions: list[int], key: Tensor, value: Tensor, marks: Marks) -> None:
     """Take in one token of every row: key and value [R, H, 1, D], marks [R, H, 1]."""
-    delayed.step(kv, layer, slice(None), torch.tensor(positions, device=key.device), key, value, marks)
+    delayed.step(kv, layer, slice(None), positions, key, value, marks)
 
 
 def attend_row(
@@ -76,8 +76,7 @@ def attend_row(
     marks = call.marks[layer].each(lambda x: x[row][:, kept])
     if q.shape[1] > 1:
         return attend(q, delayed.extend(kv, layer, row, start, k, v, marks), start, delay, scale, softcap)
-    one, position = slice(row, row + 1), torch.tensor([start], device=q.device)
-    delayed.step(kv, layer, one, position, k[None], v[None], marks.each(lambda x: x[None]))
+    delayed.step(kv, layer, slice(row, row + 1), [start], k[None], v[None], marks.each(lambda x: x[None]))
     entries = kv.entries(layer, row)
     visible = entries.live[:, None]
     grouped = q.view(visible.shape[0], -1, 1, q.shape[-1])

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpleat.kernels.reference import rotate
-from kvpleat.types import Rotary
+from kvpleat.kernels.reference import Turn, rotate_by
 
 BLOCK = 64  # tokens whose sums are one matrix product
 LEAST_WEIGHT = 1e-20  # a group whose weights were all 0 would be 0 / 0
@@ -37,10 +36,10 @@ def scan(x: Tensor, log_carry: Tensor, start: Tensor | None = None) -> Tensor:
         [..., T, C] the state after each token, in x's dtype. Memory grows with T, not with its square; no factor is
         ever above 1, so that nothing overflows or is cancelled.
     """
+    tokens = x.shape[-2]
     if start is not None:
         first = x[..., :1, :] + log_carry[..., :1, None].exp().to(x.dtype) * start[..., None, :]
-        x = torch.cat([first, x[..., 1:, :]], dim=-2)
-    tokens = x.shape[-2]
+        x = first if tokens == 1 else torch.cat([first, x[..., 1:, :]], dim=-2)
     if tokens <= 1:
         return x
     size = min(BLOCK, tokens)
@@ -91,29 +90,29 @@ def banded(x: Tensor, log_carry: Tensor, look_back: int, before: Newest) -> tupl
 def groups(
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
+    turn: Turn | None,
     log_carry: Tensor,
     weight: Tensor | None,
     before: Newest,
     look_back: int | None,
-    rotary: Rotary | None,
 ) -> tuple[Tensor, Tensor, Tensor, Newest]:
     """What each token's group is right after it joined: the weighted mean of its members, at the token's position.
 
     Args:
         keys, values: [..., T, D] of each token alone, keys rotated.
-        positions: [..., T] or [T].
+        turn: how keys at the tokens' positions are rotated, [..., T] or [T]; None: they are not.
         log_carry: [..., T] log share of the group before that joins, -inf where the token opens a group.
         weight: [..., T] of each token; None: 1.
         before: groups before the first token, of sums [..., K, 2 D + 1]: keys before rotation, values, sizes.
         look_back: members of a group that count; None: all.
-        rotary: how keys rotate, or None.
 
     Returns:
         keys and values [..., T, D], float32 or wider; log of the group's size [..., T]; what later tokens need.
     """
     head_dim = keys.shape[-1]
-    plain = rotate(keys, -positions, rotary)
+    plain = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    if turn is not None:
+        plain = rotate_by(plain, Turn(turn.cos, -turn.sin))
     x = torch.cat([plain, values.to(plain.dtype), torch.ones_like(plain[..., :1])], dim=-1)
     if weight is not None:
         x = x * weight[..., None].to(x.dtype).clamp(min=LEAST_WEIGHT)
@@ -124,4 +123,5 @@ def groups(
         sums, after = banded(x, log_carry, look_back, before)
     size = sums[..., -1]
     mean = sums[..., :-1] / size[..., None]
-    return rotate(mean[..., :head_dim], positions, rotary), mean[..., head_dim:], size.log(), after
+    mean_keys = mean[..., :head_dim] if turn is None else rotate_by(mean[..., :head_dim], turn)
+    return mean_keys, mean[..., head_dim:], size.log(), after

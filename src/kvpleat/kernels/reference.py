@@ -24,6 +24,13 @@ class Quantised(NamedTuple):
     steps: Tensor
 
 
+class Turn(NamedTuple):
+    """A rotation of keys: cosines and sines [..., r / 2] of the angle of each pair of channels, see `types.Rotary`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -87,13 +94,20 @@ def rotate(keys: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:
         by 1e-2.
     """
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    if rotary is None:
-        return keys
+    return keys if rotary is None else rotate_by(keys, turn(distance, rotary, keys.dtype))
+
+
+def turn(distance: Tensor, rotary: Rotary, dtype: torch.dtype) -> Turn:
+    """The rotation by `distance` [...] positions."""
     angle = distance[..., None].double() * rotary.inv_freq.double()
-    cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
-    half = rotary.inv_freq.numel()
+    return Turn(angle.cos().to(dtype), angle.sin().to(dtype))
+
+
+def rotate_by(keys: Tensor, by: Turn) -> Tensor:
+    """Keys [..., D], rotated: as `rotate`, where many keys move by the same distances."""
+    half = by.cos.shape[-1]
     first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    return torch.cat([first * by.cos - second * by.sin, second * by.cos + first * by.sin, rest], dim=-1)
 
 
 def merge_into(
