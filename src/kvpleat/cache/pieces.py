@@ -35,7 +35,9 @@ def stream_pieces(
     parts: list[Content] = [{name: x[longest[0] : longest[0] + longest[1]] for name, x in arrays.items()}]
     rest = [run for run in runs if run is not longest]
     if rest:
-        index = torch.cat([torch.arange(first, first + count) for first, count in rest])
+        first, count = torch.tensor(rest).unbind(1)
+        index = (first - count.cumsum(0) + count).repeat_interleave(count)  # slot of entry i of a run, less i
+        index += torch.arange(index.numel())
         parts.append({name: x.index_select(0, index) for name, x in arrays.items()})
     is_coded = "key_steps" in arrays
     keys, values = ([coded(part, name) if is_coded else part[name] for part in parts] for name in ("key", "value"))
