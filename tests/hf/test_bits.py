@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpleat import accounting, compress, explain
-from kvpleat.cache import paged
+from kvpleat.cache import entries
 from kvpleat.cache.paged import PagedKVCache
 from kvpleat.errors import CacheFileError, OptionError
 from kvpleat.policies import AttentionScore, Full, Policy, Window, from_dict
@@ -35,7 +35,7 @@ def run(model: Any, policy: Policy, pieces: list[int]) -> tuple[Tensor, dict[str
     layers appended, array by array [H, LENGTH, ...], and what each merge made of its layer."""
     appended: dict[str, list[Tensor]] = {}
     merged: dict[str, Tensor] = {}
-    append_rows, encode = PagedKVCache.append_rows, paged.encode
+    append_rows, encode = PagedKVCache.append_rows, entries.encode
 
     def noting_append(kv: PagedKVCache, layer: int, *args: Any) -> Any:
         content = append_rows(kv, layer, *args)
@@ -51,7 +51,7 @@ def run(model: Any, policy: Policy, pieces: list[int]) -> tuple[Tensor, dict[str
 
     with pytest.MonkeyPatch.context() as patch, compress(model, policy) as pleated, torch.no_grad():
         patch.setattr(PagedKVCache, "append_rows", noting_append)
-        patch.setattr(paged, "encode", noting_encode)
+        patch.setattr(entries, "encode", noting_encode)
         cache, logits, start = pleated.new_cache(), [], 0
         cache.expect_prompt(120)
         tokens = models.prompt(LENGTH)

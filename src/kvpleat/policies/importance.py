@@ -49,14 +49,14 @@ def foreseen(inputs: PolicyInput, recent: int, smoothing: int) -> Tensor:
     index = torch.arange(samples.shape[1], device=samples.device)
     ahead = inputs.position + (index * 97) % HORIZON  # 97 and 256 have no common factor: every distance comes up
     moved = _grouped(
-        inputs, reference.rotate(samples, (ahead - sample_positions).expand(samples.shape[:-1]), inputs.rotary)
+        inputs, reference.rotate(samples, (ahead - sample_positions).expand(samples.shape[:-1]), inputs.rotary).float()
     )
     stand_in = min(recent, HORIZON)
     copies = inputs.live & (inputs.positions >= inputs.position - stand_in)
     width = int(copies.sum(1).max())
     latest = torch.argsort(copies.to(torch.int8), dim=1, descending=True, stable=True)[:, :width]
     copied = inputs.keys.gather(1, latest[..., None].expand(-1, -1, inputs.keys.shape[-1]))
-    copied = reference.rotate(copied, torch.full_like(latest, stand_in), inputs.rotary)
+    copied = reference.rotate(copied, torch.full_like(latest, stand_in), inputs.rotary).float()
     keys = torch.cat([inputs.keys.float(), copied], 1).transpose(1, 2)
     bias = torch.zeros(num_heads, num_entries, device=keys.device) if inputs.log_weights is None else inputs.log_weights
     bias = bias.masked_fill(~inputs.live, -math.inf)
