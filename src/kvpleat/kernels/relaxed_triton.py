@@ -43,14 +43,14 @@ def _scores(q, keys, keep, size, rows, columns, start, T, delay, scale,
 
 
 @triton.jit
-def _forward_pass(q, k, v, keep, size, low, high, rows, start, T, delay, scale, top, total, acc,
+def _forward_pass(q, k, v, step, keep, size, low, high, rows, start, T, delay, scale, top, total, acc,
                   D: tl.constexpr, N: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SIZE: tl.constexpr,
                   FROM_DELAY: tl.constexpr, TO_DELAY: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Online softmax over the key blocks of [low, high)."""
     channels = tl.arange(0, D)
     for n in range(low, high, N):
         columns = n + tl.arange(0, N)
-        at = columns[:, None] * D + channels[None, :]
+        at = columns[:, None] * step + channels[None, :]
         keys = tl.load(k + at, mask=columns[:, None] < T, other=0.0)
         scores = _scores(q, tl.trans(keys), keep, size, rows, columns, start, T, delay, scale,
                          HAS_KEEP, HAS_SIZE, FROM_DELAY, TO_DELAY, MASKED, PRECISION)  # fmt: skip
@@ -75,7 +75,7 @@ def _forward(q, k, v, far_k, far_v, keep, size, starts, out, lse, T, delay, scal
     here = (row * Q + head).to(tl.int64)
     rows = block * M + tl.arange(0, M)
     channels = tl.arange(0, D)
-    at = here * T * D + rows[:, None] * D + channels[None, :]
+    at = (row.to(tl.int64) * T * Q + head) * D + rows[:, None] * (Q * D) + channels[None, :]
     queries = tl.load(q + at, mask=rows[:, None] < T, other=0.0)
     start = tl.load(starts + row * T + rows, mask=rows < T, other=T)
     low = tl.min(start) // N * N
@@ -85,7 +85,7 @@ def _forward(q, k, v, far_k, far_v, keep, size, starts, out, lse, T, delay, scal
     acc = tl.zeros([M, D], tl.float32)
     keep += stream * T
     size += stream * T
-    base = stream * T * D
+    base = (row.to(tl.int64) * T * H + head // (Q // H)) * D
     last_start = tl.max(tl.where(rows < T, start, 0))
     # Blocks of keys that every query sees and that are old for all of them need no masks.
     clear_low = tl.minimum((last_start + N - 1) // N * N, stop)
@@ -96,18 +96,18 @@ def _forward(q, k, v, far_k, far_v, keep, size, starts, out, lse, T, delay, scal
     else:
         high = stop
         first = clear_low
-    top, total, acc = _forward_pass(queries, far_k + base, far_v + base, keep, size, low, first, rows, start, T, delay,
+    top, total, acc = _forward_pass(queries, far_k + base, far_v + base, H * D, keep, size, low, first, rows, start, T, delay,
                                     scale, top, total, acc, D, N, HAS_KEEP, HAS_SIZE, POOLED, False, True, PRECISION)  # fmt: skip
-    top, total, acc = _forward_pass(queries, far_k + base, far_v + base, keep, size, clear_low, clear_high, rows, start,
+    top, total, acc = _forward_pass(queries, far_k + base, far_v + base, H * D, keep, size, clear_low, clear_high, rows, start,
                                     T, delay, scale, top, total, acc, D, N, HAS_KEEP, HAS_SIZE, POOLED, False, False,
                                     PRECISION)  # fmt: skip
-    top, total, acc = _forward_pass(queries, far_k + base, far_v + base, keep, size, clear_high, high, rows, start, T,
+    top, total, acc = _forward_pass(queries, far_k + base, far_v + base, H * D, keep, size, clear_high, high, rows, start, T,
                                     delay, scale, top, total, acc, D, N, HAS_KEEP, HAS_SIZE, POOLED, False, True,
                                     PRECISION)  # fmt: skip
     if POOLED:
         near_low = tl.maximum((block * M - delay + 1) // N * N, low)
         if delay > 0:
-            top, total, acc = _forward_pass(queries, k + base, v + base, keep, size, near_low, stop, rows, start, T,
+            top, total, acc = _forward_pass(queries, k + base, v + base, H * D, keep, size, near_low, stop, rows, start, T,
                                             delay, scale, top, total, acc, D, N, False, False, False, True, True,
                                             PRECISION)  # fmt: skip
     safe = tl.where(total == 0.0, 1.0, total)
@@ -116,24 +116,25 @@ def _forward(q, k, v, far_k, far_v, keep, size, starts, out, lse, T, delay, scal
 
 
 @triton.jit
-def _delta(out, grad, delta, T, D: tl.constexpr, M: tl.constexpr):
+def _delta(out, grad, delta, T, Q, D: tl.constexpr, M: tl.constexpr):
     """Row sums of out * grad."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
-    at = tl.program_id(1).to(tl.int64) * T * D + rows[:, None] * D + tl.arange(0, D)[None, :]
+    row, head = (tl.program_id(1) // Q).to(tl.int64), tl.program_id(1) % Q
+    at = (row * T * Q + head) * D + rows[:, None] * (Q * D) + tl.arange(0, D)[None, :]
     o = tl.load(out + at, mask=rows[:, None] < T, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=rows[:, None] < T, other=0.0).to(tl.float32)
     tl.store(delta + tl.program_id(1).to(tl.int64) * T + rows, tl.sum(o * g, axis=1), mask=rows < T)
 
 
 @triton.jit
-def _query_pass(q, g, k, v, keep, size, low, high, rows, start, lse, delta, T, delay, scale, acc,
+def _query_pass(q, g, k, v, step, keep, size, low, high, rows, start, lse, delta, T, delay, scale, acc,
                 D: tl.constexpr, N: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SIZE: tl.constexpr,
                 FROM_DELAY: tl.constexpr, TO_DELAY: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of a block of queries from the key blocks of [low, high)."""
     channels = tl.arange(0, D)
     for n in range(low, high, N):
         columns = n + tl.arange(0, N)
-        at = columns[:, None] * D + channels[None, :]
+        at = columns[:, None] * step + channels[None, :]
         keys = tl.load(k + at, mask=columns[:, None] < T, other=0.0)
         values = tl.load(v + at, mask=columns[:, None] < T, other=0.0)
         scores = _scores(q, tl.trans(keys), keep, size, rows, columns, start, T, delay, scale,
@@ -153,7 +154,7 @@ def _backward_queries(q, k, v, far_k, far_v, keep, size, starts, grad, lse, delt
     stream = (row * H + head // (Q // H)).to(tl.int64)
     here = (row * Q + head).to(tl.int64)
     rows = block * M + tl.arange(0, M)
-    at = here * T * D + rows[:, None] * D + tl.arange(0, D)[None, :]
+    at = (row.to(tl.int64) * T * Q + head) * D + rows[:, None] * (Q * D) + tl.arange(0, D)[None, :]
     queries = tl.load(q + at, mask=rows[:, None] < T, other=0.0)
     g = tl.load(grad + at, mask=rows[:, None] < T, other=0.0)
     start = tl.load(starts + row * T + rows, mask=rows < T, other=T)
@@ -166,7 +167,7 @@ def _backward_queries(q, k, v, far_k, far_v, keep, size, starts, grad, lse, delt
     clear_high = tl.maximum((block * M - delay) // N * N, clear_low)
     keep += stream * T
     size += stream * T
-    base = stream * T * D
+    base = (row.to(tl.int64) * T * H + head // (Q // H)) * D
     if POOLED:
         high = tl.maximum(stop - delay, 0)
         first = tl.minimum(clear_low, high)
@@ -174,22 +175,22 @@ def _backward_queries(q, k, v, far_k, far_v, keep, size, starts, grad, lse, delt
         high = stop
         first = clear_low
     acc = tl.zeros([M, D], tl.float32)
-    acc = _query_pass(queries, g, far_k + base, far_v + base, keep, size, low, first, rows, start, row_lse, row_delta,
+    acc = _query_pass(queries, g, far_k + base, far_v + base, H * D, keep, size, low, first, rows, start, row_lse, row_delta,
                       T, delay, scale, acc, D, N, HAS_KEEP, HAS_SIZE, POOLED, False, True, PRECISION)  # fmt: skip
-    acc = _query_pass(queries, g, far_k + base, far_v + base, keep, size, clear_low, clear_high, rows, start, row_lse,
+    acc = _query_pass(queries, g, far_k + base, far_v + base, H * D, keep, size, clear_low, clear_high, rows, start, row_lse,
                       row_delta, T, delay, scale, acc, D, N, HAS_KEEP, HAS_SIZE, POOLED, False, False, PRECISION)  # fmt: skip
-    acc = _query_pass(queries, g, far_k + base, far_v + base, keep, size, clear_high, high, rows, start, row_lse,
+    acc = _query_pass(queries, g, far_k + base, far_v + base, H * D, keep, size, clear_high, high, rows, start, row_lse,
                       row_delta, T, delay, scale, acc, D, N, HAS_KEEP, HAS_SIZE, POOLED, False, True, PRECISION)  # fmt: skip
     if POOLED:
         near_low = tl.maximum((block * M - delay + 1) // N * N, low)
         if delay > 0:
-            acc = _query_pass(queries, g, k + base, v + base, keep, size, near_low, stop, rows, start, row_lse,
+            acc = _query_pass(queries, g, k + base, v + base, H * D, keep, size, near_low, stop, rows, start, row_lse,
                               row_delta, T, delay, scale, acc, D, N, False, False, False, True, True, PRECISION)  # fmt: skip
     tl.store(grad_q + at, (acc * scale).to(grad_q.dtype.element_ty), mask=rows[:, None] < T)
 
 
 @triton.jit
-def _key_pass(q, grad, lse, delta, starts, keys, values, added, low, high, columns, T, delay, scale,
+def _key_pass(q, grad, step, lse, delta, starts, keys, values, added, low, high, columns, T, delay, scale,
               key_acc, value_acc, keep_acc, size_acc, D: tl.constexpr, M: tl.constexpr, HAS_KEEP: tl.constexpr,
               HAS_SIZE: tl.constexpr, FROM_DELAY: tl.constexpr, TO_DELAY: tl.constexpr, MASKED: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
@@ -198,7 +199,7 @@ def _key_pass(q, grad, lse, delta, starts, keys, values, added, low, high, colum
     keep_added, size_added = added
     for m in range(low, high, M):
         rows = m + tl.arange(0, M)
-        at = rows[:, None] * D + channels[None, :]
+        at = rows[:, None] * step + channels[None, :]
         queries = tl.load(q + at, mask=rows[:, None] < T, other=0.0)
         g = tl.load(grad + at, mask=rows[:, None] < T, other=0.0)
         row_lse = tl.load(lse + rows, mask=rows < T, other=float("inf"))
@@ -242,7 +243,7 @@ def _backward_keys(q, k, v, keep, size, starts, ends, grad, lse, delta, grad_k, 
     stream = (row * H + head).to(tl.int64)
     columns = block * N + tl.arange(0, N)
     channels = tl.arange(0, D)
-    at = stream * T * D + columns[:, None] * D + channels[None, :]
+    at = (row.to(tl.int64) * T * H + head) * D + columns[:, None] * (H * D) + channels[None, :]
     keys = tl.load(k + at, mask=columns[:, None] < T, other=0.0)
     values = tl.load(v + at, mask=columns[:, None] < T, other=0.0)
     keep_added = tl.zeros([N], tl.float32)
@@ -264,23 +265,25 @@ def _backward_keys(q, k, v, keep, size, starts, ends, grad, lse, delta, grad_k, 
     keep_acc = tl.zeros([N], tl.float32)
     size_acc = tl.zeros([N], tl.float32)
     for member in range(0, Q // H):
-        here = (row * Q + head * (Q // H) + member).to(tl.int64) * T
+        query_head = head * (Q // H) + member
+        here = (row * Q + query_head).to(tl.int64) * T
+        first = (row.to(tl.int64) * T * Q + query_head) * D
         if TO_DELAY:
             key_acc, value_acc, keep_acc, size_acc = _key_pass(
-                q + here * D, grad + here * D, lse + here, delta + here, starts + row * T, keys, values,
+                q + first, grad + first, Q * D, lse + here, delta + here, starts + row * T, keys, values,
                 (keep_added, size_added), low, high, columns, T, delay, scale, key_acc, value_acc, keep_acc, size_acc,
                 D, M, HAS_KEEP, HAS_SIZE, FROM_DELAY, TO_DELAY, True, PRECISION)  # fmt: skip
         else:
             key_acc, value_acc, keep_acc, size_acc = _key_pass(
-                q + here * D, grad + here * D, lse + here, delta + here, starts + row * T, keys, values,
+                q + first, grad + first, Q * D, lse + here, delta + here, starts + row * T, keys, values,
                 (keep_added, size_added), low, tl.minimum(clear_low, high), columns, T, delay, scale, key_acc,
                 value_acc, keep_acc, size_acc, D, M, HAS_KEEP, HAS_SIZE, FROM_DELAY, TO_DELAY, True, PRECISION)  # fmt: skip
             key_acc, value_acc, keep_acc, size_acc = _key_pass(
-                q + here * D, grad + here * D, lse + here, delta + here, starts + row * T, keys, values,
+                q + first, grad + first, Q * D, lse + here, delta + here, starts + row * T, keys, values,
                 (keep_added, size_added), clear_low, clear_high, columns, T, delay, scale, key_acc, value_acc,
                 keep_acc, size_acc, D, M, HAS_KEEP, HAS_SIZE, FROM_DELAY, TO_DELAY, False, PRECISION)  # fmt: skip
             key_acc, value_acc, keep_acc, size_acc = _key_pass(
-                q + here * D, grad + here * D, lse + here, delta + here, starts + row * T, keys, values,
+                q + first, grad + first, Q * D, lse + here, delta + here, starts + row * T, keys, values,
                 (keep_added, size_added), clear_high, high, columns, T, delay, scale, key_acc, value_acc, keep_acc,
                 size_acc, D, M, HAS_KEEP, HAS_SIZE, FROM_DELAY, TO_DELAY, True, PRECISION)  # fmt: skip
     tl.store(grad_k + at, (key_acc * scale).to(grad_k.dtype.element_ty), mask=columns[:, None] < T)
@@ -320,9 +323,10 @@ def _attention(
     delay: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v, far_k, far_v, keep, size = _contiguous(q, k, v, far_k, far_v, keep, size)
+    q, k, v, far_k, far_v = _token_major(q, k, v, far_k, far_v)
+    keep, size = _contiguous(keep, size)
     (rows, heads, tokens, channels), kv_heads = q.shape, k.shape[1]
-    out = torch.empty_like(q)
+    out = _like(q)
     lse = torch.empty(rows, heads, tokens, dtype=torch.float32, device=q.device)
     m, n, options = _blocks(q, "forward")
     _forward[triton.cdiv(tokens, m), rows * heads](
@@ -335,7 +339,7 @@ def _attention(
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, far_k: Any, far_v: Any, keep: Any, size: Any, doc_start: Tensor, delay: int,
       scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("kvpleat::relaxed_attention_backward", mutates_args=())
@@ -354,20 +358,21 @@ def _attention_backward(
     delay: int,
     scale: float,
 ) -> list[Tensor]:
-    grad, q, k, v, far_k, far_v, keep, size = _contiguous(grad, q, k, v, far_k, far_v, keep, size)
+    grad, q, k, v, far_k, far_v = _token_major(grad, q, k, v, far_k, far_v)
+    keep, size = _contiguous(keep, size)
     (rows, heads, tokens, channels), kv_heads = q.shape, k.shape[1]
     pooled = far_k is not None
     flags = keep is not None, size is not None
     keep_in, size_in = lse if keep is None else keep, lse if size is None else size
     old_k, old_v = (k, v) if far_k is None or far_v is None else (far_k, far_v)
     delta = torch.empty_like(lse)
-    _delta[triton.cdiv(tokens, 64), rows * heads](out, grad, delta, tokens, channels, 64)
-    grad_q = torch.empty_like(q)
+    _delta[triton.cdiv(tokens, 64), rows * heads](out, grad, delta, tokens, heads, channels, 64)
+    grad_q = _like(q)
     m, n, options = _blocks(q, "queries")
     _backward_queries[triton.cdiv(tokens, m), rows * heads](
         q, k, v, old_k, old_v, keep_in, size_in, doc_start, grad, lse, delta, grad_q, tokens, delay, scale, heads,
         kv_heads, channels, m, n, *flags, pooled, **options)  # fmt: skip
-    grads = [torch.empty_like(old_k), torch.empty_like(old_v)]
+    grads = [_like(old_k), _like(old_v)]
     logit_grads = [torch.empty(rows, kv_heads, tokens, dtype=torch.float32, device=q.device) for _ in range(2)]
     ends = _document_ends(doc_start)
     m, n, options = _blocks(q, "keys")
@@ -377,7 +382,7 @@ def _attention_backward(
     _backward_keys[grid](q, old_k, old_v, *arguments, *grads, *logit_grads, *sizes, pooled, False, **options)
     if not pooled:
         return [grad_q, *grads, *(x.new_empty(0) for x in grads), *logit_grads]
-    near_grads = [torch.zeros_like(k), torch.zeros_like(v)]
+    near_grads = [_like(k).zero_(), _like(v).zero_()]
     if delay:
         _backward_keys[grid](q, k, v, *arguments, *near_grads, *logit_grads, *sizes, False, True, **options)
     return [grad_q, *near_grads, *grads, *logit_grads]
@@ -386,11 +391,9 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, far_k: Any, far_v: Any, keep: Any, size: Any, doc_start: Tensor,
       out: Tensor, lse: Tensor, delay: int, scale: float) -> list[Tensor]:  # fmt: skip
-    plain = torch.contiguous_format
-    pair = [torch.empty_like(x, memory_format=plain) for x in (k, v)]
-    other = [torch.empty_like(x, memory_format=plain) if far_k is not None else x.new_empty(0) for x in (k, v)]
+    other = [_like(x) if far_k is not None else x.new_empty(0) for x in (k, v)]
     logits = [k.new_empty(k.shape[:3], dtype=torch.float32) for _ in range(2)]
-    return [torch.empty_like(q, memory_format=plain), *pair, *other, *logits]
+    return [_like(q), _like(k), _like(v), *other, *logits]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -408,6 +411,17 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Room for a tensor [R, heads, T, D] with a token's heads side by side: what projections write and read."""
+    rows, heads, tokens, channels = x.shape
+    return x.new_empty(rows, tokens, heads, channels).transpose(1, 2)
+
+
+def _token_major(*tensors: Tensor | None) -> Any:
+    """The same [R, heads, T, D], with a token's heads side by side in memory."""
+    return [None if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
 
 
 def _contiguous(*tensors: Tensor | None) -> Any:

@@ -27,6 +27,7 @@ class Recipe:
         temperature: of the relaxed decisions. scale: of the gates' logits.
         ratio_weight: of the penalty for compressing too little. lm_weight: of the language model loss.
         recall_share: share of rows that are synthetic recall tasks. answer_weight: of their answers' tokens.
+        adapt: what adapters sit on: attention (its projections) or all (every linear layer but the head).
         rank: of the adapters. mlp_size: hidden channels of the gates; None: linear gates.
         seed: of everything random.
         accumulate: batches a step.
@@ -51,7 +52,8 @@ class Recipe:
     lm_weight: float = 0.0
     recall_share: float = 0.4
     answer_weight: float = 5.0
-    rank: int = 16
+    adapt: str = "attention"
+    rank: int = 8
     mlp_size: int | None = None
     seed: int = 0
     accumulate: int = 1
@@ -61,6 +63,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.train not in TRAINED:
             raise OptionError(f"train={self.train!r}: one of {', '.join(TRAINED)} is trained.")
+        if self.adapt not in ("attention", "all"):
+            raise OptionError(f"adapt={self.adapt!r}: adapters sit on attention or all.")
         if not self.ratios or list(self.ratios) != sorted(set(self.ratios)):
             raise OptionError(f"ratios={self.ratios}: pass them ascending, each once, such as 2,4,8.")
         if self.steps < len(self.ratios):

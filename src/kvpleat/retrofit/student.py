@@ -79,10 +79,12 @@ class Student(nn.Module):
             raise UnsupportedError(f"look_back={config.look_back}: groups are trained whole. Leave look_back out.")
         self.model, self.gates, self.policy, self.temperature = model, gates, policy, temperature
         self._teacher = [] if teacher is None else [teacher]  # in a list: its weights are none of the student's
+        self.compiled = compile  # False for lengths that come up once
         self._places = {layer: index for index, layer in enumerate(self.facts.layers)}
         self._decoder = torch.compile(self.facts.decoder, dynamic=False) if compile else self.facts.decoder
         teacher_decoder = self.facts.decoder if teacher is None else describe(teacher).decoder
-        self._teacher_decoder = [torch.compile(teacher_decoder, dynamic=False) if compile else teacher_decoder]
+        compiled = torch.compile(teacher_decoder, dynamic=False) if compile else teacher_decoder
+        self._teacher_decoders = {True: compiled, False: teacher_decoder}
 
     @property
     def head(self) -> nn.Module:
@@ -98,7 +100,8 @@ class Student(nn.Module):
     def forward(self, tokens: Tensor, doc_start: Tensor, noise: Tensor) -> tuple[Tensor, dict[int, SoftMarks]]:
         """Hidden states [R, T, hidden] before the head, and the decisions of each layer."""
         call = self._call(tokens, doc_start, noise)
-        out = self._decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+        decoder = self._decoder if self.compiled else self.facts.decoder
+        out = decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
         return out.last_hidden_state, call.marks
 
     @torch.no_grad()
@@ -106,7 +109,8 @@ class Student(nn.Module):
         """The teacher's hidden states [R, T, hidden]."""
         call = self._call(tokens, doc_start, None)
         with nullcontext() if self._teacher else without_adapters(self.model):
-            out = self._teacher_decoder[0](tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+            decoder = self._teacher_decoders[self.compiled]
+            out = decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -133,8 +137,8 @@ class Student(nn.Module):
         try:
             for model in models:
                 model.set_attn_implementation(IMPLEMENTATION)
-            for module in self.facts.decoder.modules():
-                if getattr(module, "layer_idx", None) in self._places and hasattr(module, "scaling"):
+            for module in attention_modules(self.facts.decoder):
+                if module.layer_idx in self._places:
                     handles.append(module.register_forward_pre_hook(self._gate, with_kwargs=True))
             yield self
         finally:
@@ -192,6 +196,11 @@ class Student(nn.Module):
                 size = log_size if self.policy.log_size else None
             out = _relaxed(query, (key, value), far, keep, size, self.gates.config.delay, common)
         return out.transpose(1, 2).contiguous(), None
+
+
+def attention_modules(decoder: nn.Module) -> list[Any]:
+    """The attention modules of all layers, sliding ones too, in order."""
+    return [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
 
 
 def _relaxed(

@@ -19,9 +19,9 @@ from kvpleat.retrofit import checkpoint
 from kvpleat.retrofit.config import Recipe
 from kvpleat.retrofit.data import Batch
 from kvpleat.retrofit.objective import Distance, distill, marked_share, too_little
-from kvpleat.retrofit.student import Student
+from kvpleat.retrofit.student import Student, attention_modules
 
-LORA_TARGETS = "all-linear"
+HARD = 1e-4  # temperature at which decisions are as good as hard
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ def measure(
 def judge(student: Student, batches: Iterable[Batch]) -> dict[str, float]:
     """Hard decisions on held-out batches: KL (nats a token), perplexities, agreement, and the compression ratio with
     all entries that wait counted, after the last token of each row."""
-    temperature, student.temperature = student.temperature, 1e-4
+    before = student.temperature, student.compiled
+    student.temperature, student.compiled = HARD, False
     sums: dict[str, float] = {}
     count = 0
     kept = seen = 0.0
@@ -189,13 +190,14 @@ def judge(student: Student, batches: Iterable[Batch]) -> dict[str, float]:
             for name, value in zip(("kl", "agreement", "nll", "full_nll"), figures, strict=True):
                 sums[name] = sums.get(name, 0.0) + float(value)
             delay = student.gates.config.delay
+            columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
             for layer in marks.values():
-                marked = layer.marked.round() * (batch.positions > 0)[:, None]
+                marked = layer.marked.round() * (columns > batch.doc_start)[:, None]
                 gone = marked[..., : marked.shape[-1] - delay].sum()
                 kept, seen = kept + marked.numel() - float(gone), seen + marked.numel()
             count += 1
     finally:
-        student.temperature = temperature
+        student.temperature, student.compiled = before
     if not count:
         raise OptionError("There is no batch to judge with. Pass held-out text.")
     means = {name: value / count for name, value in sums.items()}
@@ -296,8 +298,12 @@ def _precision(device: torch.device) -> Any:
 def _with_lora(model: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    targets: Any = "all-linear"
+    if recipe.adapt == "attention":
+        inside = (pair for module in attention_modules(describe(model).decoder) for pair in module.named_children())
+        targets = sorted({name for name, module in inside if type(module).__name__ in ("Linear", "Conv1D")})
     options = LoraConfig(
-        r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM"
+        r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
     return get_peft_model(model, options)
 
