@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpleat import PleatedCache, compress, explain
-from kvpleat.errors import CacheFileError, OptionError
+from kvpleat.errors import AttachError, CacheFileError, OptionError
 from kvpleat.kernels import reference as kernels
 from kvpleat.policies import DMC, DMS, Fold, Full, GateConfig, Gates
 from kvpleat.policies.learned import Learned
@@ -128,8 +128,7 @@ class TestOneFunction:
             found = feed(model, tokens[50:], pleated.load_cache(tmp_path / "chat.safetensors"), [1, 1, 12, 1])
         close(found, expected(family, kind)[50:])
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("chunk", [1, 7, 200])
+    @pytest.mark.parametrize(("side", "chunk"), [("left", 1), ("left", 7), ("right", 7), ("right", 200)])
     def test_in_a_padded_batch(self, family: str, kind: str, side: str, chunk: int) -> None:
         """Each row of a padded batch computes what it computes alone, and goes on so."""
         if side == "right" and family.startswith("gemma") and chunk != 200:
@@ -306,6 +305,26 @@ def test_gates_that_could_be_trained() -> None:
         step = model(tokens[:, :1], **models.given(cache)).logits
     assert not whole.requires_grad
     assert not step.requires_grad
+
+
+def test_prefill_and_known_continuations() -> None:
+    """What kvpleat feeds itself: a prompt in pieces, and tokens as if they had been generated."""
+    model, tokens = models.tiny("qwen3"), models.prompt(LENGTH)
+    with compress(model, policy_for(model, "fold")) as pleated:
+        cache = pleated.new_cache()
+        last = pleated.prefill(tokens[:, :40], cache=cache, chunk_size=9)
+        rest = pleated.continue_with(tokens[:, 40:], cache=cache)
+    close(torch.cat([last, rest[0]]), expected("qwen3", "fold")[39:])
+
+
+def test_a_replaced_attention_module_is_noticed() -> None:
+    """A layer that runs without its gates is an error, and no silent full cache."""
+    model = models.tiny("llama")
+    with compress(model, policy_for(model, "dms")), torch.no_grad():
+        model.model.layers[1].self_attn._forward_pre_hooks.clear()
+        for tokens in (models.prompt(9), models.prompt(1)):
+            with pytest.raises(AttachError, match="layer 1 ran without its gates"):
+                model(tokens)
 
 
 def test_inference_mode() -> None:

@@ -35,8 +35,8 @@ def stream_pieces(
     parts: list[Content] = [{name: x[longest[0] : longest[0] + longest[1]] for name, x in arrays.items()}]
     rest = [run for run in runs if run is not longest]
     if rest:
-        first, count = torch.tensor(rest).unbind(1)
-        index = (first - count.cumsum(0) + count).repeat_interleave(count)  # slot of entry i of a run, less i
+        firsts, counts = torch.tensor(rest).unbind(1)
+        index = (firsts - counts.cumsum(0) + counts).repeat_interleave(counts)  # slot of each entry, less its number
         index += torch.arange(index.numel())
         parts.append({name: x.index_select(0, index) for name, x in arrays.items()})
     is_coded = "key_steps" in arrays

@@ -115,7 +115,7 @@ def _attend(
         kept = slice(None) if call.tokens is None else call.tokens[row]
         if count or call.moments[row]:
             q, k, v = query[row, :, kept], key[row, :, kept], value[row, :, kept]
-            if call.marks:
+            if _kv(call).delayed is not None:
                 out[row, :, kept] = gated.attend_row(call, layer, row, kept, (q, k, v), scale, softcap)
             else:
                 out[row, :, kept] = _attend_row(call, layer, row, q, k, v, scale, softcap)
@@ -127,8 +127,8 @@ def _decode_step(
 ) -> Tensor:
     """One token of every row on a CPU: query [R, Q, 1, D], key and value [R, H, 1, D] -> [R, Q, 1, D]."""
     cache, kv = call.cache, _kv(call)
-    if call.marks:
-        gated.step(kv, layer, cache.positions, key, value, call.marks[layer])
+    if kv.delayed is not None:
+        gated.step(call, kv, layer, key, value)
     else:
         positions = torch.tensor(cache.positions, dtype=torch.int32)[:, None]
         kv.append_rows(layer, list(range(kv.num_rows)), key, value, positions)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kvpleat.cache import delayed
 from kvpleat.cache.paged import PagedKVCache
+from kvpleat.errors import AttachError
 from kvpleat.hf.families import ModelFacts, attention_modules
 from kvpleat.kernels import sdpa
 from kvpleat.kernels.delayed import attend
@@ -46,9 +47,9 @@ def _asking(policy: Policy, layer: int) -> Callable[[nn.Module, tuple[Any, ...],
     return ask
 
 
-def step(kv: PagedKVCache, layer: int, positions: list[int], key: Tensor, value: Tensor, marks: Marks) -> None:
-    """Take in one token of every row: key and value [R, H, 1, D], marks [R, H, 1]."""
-    delayed.step(kv, layer, slice(None), positions, key, value, marks)
+def step(call: "ForwardCall", kv: PagedKVCache, layer: int, key: Tensor, value: Tensor) -> None:
+    """Take in one token of every row: key and value [R, H, 1, D]."""
+    delayed.step(kv, layer, slice(None), call.cache.positions, key, value, _marks(call, layer))
 
 
 def attend_row(
@@ -73,7 +74,7 @@ def attend_row(
     kv, start, delay = call.cache.kv, call.cache.positions[row], call.cache.pleated.policy.delay
     assert kv is not None
     assert delay is not None
-    marks = call.marks[layer].each(lambda x: x[row][:, kept])
+    marks = _marks(call, layer).each(lambda x: x[row][:, kept])
     if q.shape[1] > 1:
         return attend(q, delayed.extend(kv, layer, row, start, k, v, marks), start, delay, scale, softcap)
     delayed.step(kv, layer, slice(row, row + 1), [start], k[None], v[None], marks.each(lambda x: x[None]))
@@ -82,3 +83,13 @@ def attend_row(
     grouped = q.view(visible.shape[0], -1, 1, q.shape[-1])
     bias = entries.fields.get("log_weight")
     return sdpa.attend_block(grouped, entries.keys, entries.values, bias, visible, scale, softcap).view_as(q)
+
+
+def _marks(call: "ForwardCall", layer: int) -> Marks:
+    """What gates decided about the call's tokens: [R, H, T] each."""
+    if layer not in call.marks:
+        raise AttachError(
+            f"Attention of compressed layer {layer} ran without its gates: its module was replaced after the policy "
+            "was attached. Detach, replace modules first, and attach again."
+        )
+    return call.marks[layer]
