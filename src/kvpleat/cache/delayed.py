@@ -183,10 +183,7 @@ def extend(kv: "PagedKVCache", layer: int, row: int, start: int, keys: Tensor, v
     kv.rewrite(layer, row, kept, _cat(past, formed, {name: x[:, count:] for name, x in raw.items()}))
     if after is not None:
         _keep(state, layer, row, after)
-    remembered = max(0, stop - delay - 1)
-    slots = kv.lengths[row, layer, :, None] - stop + torch.arange(remembered, stop, device=keys.device)
-    ring = _ring(remembered, stop, delay, slots)
-    state.note(layer, row, ring, slots, young.marks.each(lambda x: x[:, remembered - first :]))
+    _remember(kv, layer, row, stop, young.marks)
     biases = (past["log_weight"], formed["log_weight"]) if state.delay.log_size else (None, None)
     groups_seen = decode(formed, shape) if state.delay.merges else None
     return Seen(first, decode(past, shape), past_live, (raw_keys, raw_values), groups_seen, stays, *biases)
@@ -217,6 +214,16 @@ def _recall(kv: "PagedKVCache", layer: int, row: int, start: int, marks: Marks) 
         live = live.scatter(1, newest, ~known.marked[:, :1])
     past, past_live = packed(stored, live)
     return past, past_live, _Young(young, known)
+
+
+def _remember(kv: "PagedKVCache", layer: int, row: int, stop: int, marks: Marks) -> None:
+    """Note the last W + 1 tokens before position `stop`, whose entries come last in the streams and whose `marks`
+    [H, n] are the last of these."""
+    state = _state(kv)
+    first = max(0, stop - state.delay.tokens - 1)
+    slots = kv.lengths[row, layer, :, None] - stop + torch.arange(first, stop, device=kv.pool.device)
+    ring = _ring(first, stop, state.delay.tokens, slots)
+    state.note(layer, row, ring, slots, marks.each(lambda x: x[:, x.shape[1] - stop + first :]))
 
 
 # ---- helpers of both
