@@ -25,6 +25,14 @@ OWN = "model"  # name of the gates that are channels of the model itself: see kv
 METHODS = {"dms": 1, "fold": 2, "dmc": 2}  # method -> numbers a gate gives per token and KV head
 
 
+def check_method(method: str, delay: int) -> None:
+    """Refuse a method that is not known, or a delay (tokens) that it cannot have."""
+    if method not in METHODS:
+        raise OptionError(f"method={method!r}: gates are for one of {', '.join(METHODS)}.")
+    if delay < 0 or (method == "dmc") != (delay == 0):
+        raise OptionError(f"delay={delay} for {method}: dmc merges at once (0), the others wait at least 1 token.")
+
+
 @dataclass(frozen=True)
 class GateConfig:
     """What gates are for and how they are built.
@@ -54,12 +62,7 @@ class GateConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError(f"method={self.method!r}: gates are for one of {', '.join(METHODS)}.")
-        if self.delay < 0 or (self.method == "dmc") != (self.delay == 0):
-            raise OptionError(
-                f"delay={self.delay} for {self.method}: dmc merges at once (0), the others wait at least 1 token."
-            )
+        check_method(self.method, self.delay)
 
     @property
     def outputs(self) -> int:

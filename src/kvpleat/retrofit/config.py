@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kvpleat.errors import OptionError
 from kvpleat.policies.budget import check_at_least, check_ratio
+from kvpleat.policies.gates import check_method
 from kvpleat.retrofit.objective import target_share
 
 TRAINED = ("gates", "lora", "full")
@@ -61,6 +62,7 @@ class Recipe:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        check_method(self.method, self.delay)
         if self.train not in TRAINED:
             raise OptionError(f"train={self.train!r}: one of {', '.join(TRAINED)} is trained.")
         if self.adapt not in ("attention", "all"):
