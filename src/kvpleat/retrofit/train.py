@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -272,7 +273,7 @@ def _steps(run: Run, deadline_s: float | None) -> Iterator[Progress]:
         ratio, _ = run.recipe.at(run.step)
         before = run.tokens
         distance, share = run.advance()
-        loss, kl, agreement = (float(x) for x in (distance.loss, distance.kl, distance.agreement))
+        loss, kl, agreement = (x.item() for x in (distance.loss.detach(), distance.kl, distance.agreement))
         now = time.perf_counter()
         rate = (run.tokens - before) / (now - last)
         speed = rate if not speed else 0.9 * speed + 0.1 * rate
@@ -305,7 +306,9 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
     options = LoraConfig(
         r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, options)
+    with warnings.catch_warnings():  # peft asks for a name that transformers calls old
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, options)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
