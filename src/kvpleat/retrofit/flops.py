@@ -35,7 +35,7 @@ from kvpleat.policies.learned import Learned, new_gates
 from kvpleat.retrofit.config import TRAINED, Recipe
 from kvpleat.retrofit.data_store import TokenStore
 
-# Layers, hidden, query heads, KV heads, head_dim, channels inside an MLP, vocabulary, whether the head is the embedding.
+# Layers, hidden, query heads, KV heads, head_dim, channels in an MLP, vocabulary, whether the head is the embedding.
 SIZES = {
     "SmolLM2-135M": (30, 576, 9, 3, 64, 1536, 49_152, True),
     "Llama-3.2-1B": (16, 2048, 32, 8, 64, 8192, 128_256, True),
