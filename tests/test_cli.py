@@ -262,6 +262,11 @@ def test_flags_are_a_decision() -> None:
         | {"--weights", "--lm-eval", "--lm-eval-path", "--quick", "--shard", "--list"},
         "bench": run | {"--batch", "--context", "--steps", "--warmup", "--repeats"},
         "report": {"files", "--out", "--markdown"},
+        "retrofit": {"--model", "--data", "--held-out", "--held-out-rows", "--text-field", "--out", "--json"}
+        | {"--method", "--ratio", "--train", "--steps", "--tokens", "--rows", "--length", "--delay", "--rate"}
+        | {"--model-rate", "--recall-share", "--answer-weight", "--lm-weight", "--adapt", "--rank", "--mlp-size"}
+        | {"--accumulate", "--checkpointing", "--compile", "--save-every", "--no-resume", "--deadline", "--seed"}
+        | {"--dtype", "--device", "--trust-remote-code"},
     }
     group: Any = get_command(app)
     found = {name: {flag for p in command.params for flag in p.opts} for name, command in group.commands.items()}

@@ -26,6 +26,7 @@ from kvpleat.retrofit.data_store import TokenStore
 from kvpleat.retrofit.flops import cost, matmul_rate, trained_weights, visible_keys
 from kvpleat.retrofit.train import Progress as Step
 
+WIDTH = 150  # of the table, also where stdout is no terminal
 TIMED = 20  # latest steps whose median is the speed: neither compiling nor judging moves it
 KNOWN = 5  # steps after which the speed is known
 COLUMNS = {"ratio": "{:.2f}", "kl": "{:.4f}", "agreement": "{:.1%}", "perplexity_change": "{:+.2%}"}
@@ -161,7 +162,7 @@ class Teaching:
 
     def print_result(self) -> None:
         """The gates and what was measured, on stdout."""
-        out = Console(highlight=False, soft_wrap=True)
+        out = Console(highlight=False, width=WIDTH)
         if self.last and self.last.step < self.recipe.steps:
             out.print(f"stopped after step {self.last.step} of {self.recipe.steps}; the same command goes on")
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
