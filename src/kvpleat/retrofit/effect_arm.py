@@ -17,9 +17,9 @@ from kvpleat.policies.learned import Learned, SoftMarks, new_gates
 from kvpleat.retrofit.config import Recipe
 from kvpleat.retrofit.cross_entropy import cross_entropy, next_tokens
 from kvpleat.retrofit.data import Batch, Mixture
+from kvpleat.retrofit.measure import HARD
 from kvpleat.retrofit.objective import marked_share, too_little
 from kvpleat.retrofit.student import Student
-from kvpleat.retrofit.train import HARD
 
 OFF = "off"
 METHODS = ("dms", "fold")
@@ -151,7 +151,7 @@ def judge(student: Student, batches: list[Batch], compressed: bool) -> tuple[flo
             total, count = total + float(nats), count + int(known)
             columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
             # The decision at t is about t - 1, which is gone once more than `delay` tokens have followed it.
-            decided = (columns > batch.doc_start) & (columns < len(columns) - student.gates.config.delay)
+            decided = (columns > batch.doc_start) & (columns <= len(columns) - student.gates.config.delay)
             for layer in marks.values():
                 gone = (layer.marked.round() * decided[:, None]).sum()
                 kept, seen = kept + layer.marked.numel() - float(gone), seen + layer.marked.numel()

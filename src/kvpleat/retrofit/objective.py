@@ -34,6 +34,7 @@ def distill(
     lm_weight: float = 0.0,
     softcap: float | None = None,
     compile: bool = False,
+    total: Tensor | None = None,
 ) -> Distance:
     """KL(teacher || student) per token, in chunks, so that the vocabulary never makes a large tensor.
 
@@ -47,6 +48,7 @@ def distill(
         lm_weight: of the cross entropy with the targets beside the KL.
         softcap: of the model's final logits.
         compile: whether torch.compile fuses what is done to a chunk.
+        total: what to divide loss and kl by; None: the sum of `weight`.
     """
     for layer in (head, teacher_head):
         if not isinstance(layer, nn.Linear):
@@ -58,12 +60,31 @@ def distill(
         (lm_weight, softcap, compile),
     )  # fmt: skip
     loss, kl, same, nll, teacher_nll = sums.unbind()
-    total = weight.sum().clamp(min=1e-9)
+    total = (weight.sum() if total is None else total).clamp(min=1e-9)
     known = (targets >= 0).sum().clamp(min=1)
     return Distance(
         loss / total, (kl / total).detach(), (same / len(targets)).detach(), (nll / known).detach(),
         (teacher_nll / known).detach(),
     )  # fmt: skip
+
+
+class _Head(NamedTuple):
+    """A linear layer onto the vocabulary, in the dtype that logits are computed in."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> "_Head":
+        return cls(weight.to(dtype), None if bias is None else bias.to(dtype)) if dtype else cls(weight, bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What is summed up in: float32, or float64 where that is what a model computes in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _Distill(torch.autograd.Function):
@@ -82,21 +103,22 @@ class _Distill(torch.autograd.Function):
     ) -> Tensor:
         lm_weight, softcap, compile = options
         measure = _compiled() if compile else _measure
-        dtype = (
-            torch.get_autocast_dtype(student.device.type) if torch.is_autocast_enabled(student.device.type) else None
-        )
-        low = [x if x is None or dtype is None else x.to(dtype) for x in (head, bias, teacher_head, teacher_bias)]
-        sums = torch.zeros(5, dtype=torch.float32, device=student.device)
+        device = student.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        mine = _Head.of(head, bias, dtype)
+        theirs = _Head.of(teacher_head, teacher_bias, dtype)
+        wide = _wide(head.dtype)
+        sums = torch.zeros(5, dtype=wide, device=student.device)
         grad = torch.empty_like(student)
-        head_grad = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        head_grad = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
         for first in range(0, len(student), CHUNK):
             part = slice(first, first + CHUNK)
-            hidden = student[part].to(low[0].dtype)
-            logits = nn.functional.linear(hidden, low[0], low[1])
-            wanted = nn.functional.linear(teacher[part].to(low[2].dtype), low[2], low[3])
-            figures, slope = measure(logits, wanted, targets[part], weight[part], lm_weight, softcap)
+            hidden = student[part].to(mine.weight.dtype)
+            figures, slope = measure(
+                mine.logits(hidden), theirs.logits(teacher[part]), targets[part], weight[part], lm_weight, softcap
+            )
             sums += figures
-            grad[part] = slope @ low[0]
+            grad[part] = slope @ mine.weight
             if head_grad is not None:
                 head_grad += slope.T @ hidden
         ctx.save_for_backward(grad, head_grad)
@@ -106,15 +128,15 @@ class _Distill(torch.autograd.Function):
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         grad, head_grad = ctx.saved_tensors
         scale = grad_sums[0]
-        mine = None if head_grad is None else (head_grad * scale)
-        return (grad * scale.to(grad.dtype), mine, None, None, None, None, None, None, None)
+        of_head = None if head_grad is None else head_grad * scale
+        return (grad * scale.to(grad.dtype), of_head, None, None, None, None, None, None, None)
 
 
 def _measure(
     logits: Tensor, wanted: Tensor, targets: Tensor, weight: Tensor, lm_weight: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Sums [5] (loss, KL, agreements, NLL, the teacher's NLL) of a chunk, and the gradient of the loss [n, vocabulary]."""
-    s, t = logits.float(), wanted.float()
+    """Sums [5] (loss, KL, agreements, NLL, the teacher's) of a chunk, and the gradient of the loss [n, vocabulary]."""
+    s, t = logits.to(_wide(logits.dtype)), wanted.to(_wide(wanted.dtype))
     if softcap is not None:
         s, t = softcap * torch.tanh(s / softcap), softcap * torch.tanh(t / softcap)
     s_log, t_log = torch.log_softmax(s, -1), torch.log_softmax(t, -1)

@@ -7,42 +7,18 @@ through hooks, and all of it is taken off again.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvpleat.errors import OptionError, UnsupportedError
 from kvpleat.hf.families import ModelFacts, describe
-from kvpleat.kernels import reference
-from kvpleat.kernels.pooling import scan
-from kvpleat.kernels.relaxed import relaxed_attention
 from kvpleat.policies.gates import Gates
 from kvpleat.policies.learned import Learned, SoftMarks
-from kvpleat.types import Rotary
-
-IMPLEMENTATION = "kvpleat-retrofit"
-GONE = -1e9  # logit of what a sliding-window layer does not see
-LEAST_CARRY = -30.0  # log of a share that counts as nothing; sums of logs keep their digits
-
-
-@dataclass
-class SoftCall:
-    """One forward of student or teacher, as all layers see it.
-
-    Args:
-        doc_start: [R, T] int32, as in retrofit.data.Batch.
-        positions: [R, T] of each token within its document.
-        noise: [L, R, H, T] logistic noise of the student's gates, zeros for hard decisions; None: no compression.
-        marks: the student's decisions by compressed layer, filled on the way.
-    """
-
-    doc_start: Tensor
-    positions: Tensor
-    noise: Tensor | None
-    marks: dict[int, SoftMarks] = field(default_factory=dict)
+from kvpleat.retrofit import soft
+from kvpleat.retrofit.soft import SoftCall
+from kvpleat.types import Delay
 
 
 class Student(nn.Module):
@@ -81,10 +57,16 @@ class Student(nn.Module):
         self._teacher = [] if teacher is None else [teacher]  # in a list: its weights are none of the student's
         self.compiled = compile  # False for lengths that come up once
         self._places = {layer: index for index, layer in enumerate(self.facts.layers)}
+        self._rule = Delay(config.delay, policy.merges, policy.weighs, policy.log_size)
         self._decoder = torch.compile(self.facts.decoder, dynamic=False) if compile else self.facts.decoder
         teacher_decoder = self.facts.decoder if teacher is None else describe(teacher).decoder
         compiled = torch.compile(teacher_decoder, dynamic=False) if compile else teacher_decoder
-        self._teacher_decoders = {True: compiled, False: teacher_decoder}
+        self._teacher_decoders: dict[bool, Any] = {True: compiled, False: teacher_decoder}
+
+    @property
+    def teacher(self) -> Any:
+        """The frozen copy, where there is one."""
+        return self._teacher[0] if self._teacher else None
 
     @property
     def head(self) -> nn.Module:
@@ -129,14 +111,13 @@ class Student(nn.Module):
     @contextmanager
     def attached(self) -> Iterator["Student"]:
         """Put soft attention and hooks on student and teacher, and take them off."""
-        AttentionInterface.register(IMPLEMENTATION, self._attend)
-        AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+        soft.register()
         handles: list[Any] = []
         models = [self.model, *self._teacher]
         before = [model.config._attn_implementation for model in models]
         try:
             for model in models:
-                model.set_attn_implementation(IMPLEMENTATION)
+                model.set_attn_implementation(soft.IMPLEMENTATION)
             for module in attention_modules(self.facts.decoder):
                 if module.layer_idx in self._places:
                     handles.append(module.register_forward_pre_hook(self._gate, with_kwargs=True))
@@ -151,7 +132,7 @@ class Student(nn.Module):
 
     def _call(self, tokens: Tensor, doc_start: Tensor, noise: Tensor | None) -> SoftCall:
         positions = torch.arange(tokens.shape[1], device=tokens.device) - doc_start
-        return SoftCall(doc_start, positions, noise)
+        return SoftCall(doc_start, positions, noise, self.facts, self._rule)
 
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an attention module: let the gates read its input."""
@@ -163,89 +144,23 @@ class Student(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             call.marks[layer] = self.policy.relax(self.gates(layer, hidden), call.noise[layer], self.temperature)
 
-    def _attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        kvpleat_soft: SoftCall | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Behind transformers' AttentionInterface: query [R, Q, T, D], key and value [R, H, T, D] -> [R, T, Q, D]."""
-        assert kvpleat_soft is not None
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        common = (kvpleat_soft.doc_start, scale, softcap)
-        window = self.facts.sliding.get(module.layer_idx)
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        if window is not None:
-            hidden = torch.full(key.shape[:3], GONE, device=key.device)
-            out = _relaxed(query, (key, value), None, hidden, None, window - 1, common)
-        elif kvpleat_soft.noise is None:
-            out = _relaxed(query, (key, value), None, None, None, 0, common)
-        else:
-            marks = kvpleat_soft.marks[self._places[module.layer_idx]]
-            keep = nn.functional.pad(marks.keep_bias[..., 1:], (0, 1))  # token t + 1 decides about t
-            far, size = None, None
-            if self.policy.merges:
-                far, log_size = merged(key, value, marks, kvpleat_soft, self.facts.rotary)
-                size = log_size if self.policy.log_size else None
-            out = _relaxed(query, (key, value), far, keep, size, self.gates.config.delay, common)
-        return out.transpose(1, 2).contiguous(), None
-
 
 def attention_modules(decoder: nn.Module) -> list[Any]:
     """The attention modules of all layers, sliding ones too, in order."""
     return [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
 
 
-def _relaxed(
-    q: Tensor,
-    near: tuple[Tensor, Tensor],
-    far: tuple[Tensor, Tensor] | None,
-    keep: Tensor | None,
-    size: Tensor | None,
-    delay: int,
-    common: tuple[Tensor, float, float | None],
-) -> Tensor:
-    doc_start, scale, softcap = common
-    return relaxed_attention(q, near, far, keep, size, doc_start, delay, scale, softcap)
-
-
-def merged(
-    key: Tensor, value: Tensor, marks: SoftMarks, call: SoftCall, rotary: Rotary | None
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Keys and values [R, H, T, D] of the group that each token ends, and the log [R, H, T] of its size."""
-    assert marks.log_carry is not None
-    positions = call.positions[:, None]
-    plain = reference.rotate(key, -positions, rotary)
-    weight = torch.ones_like(marks.log_carry) if marks.weight is None else marks.weight
-    ones = weight[..., None]
-    parts = torch.cat([plain * ones, value.float() * ones, ones], dim=-1)
-    log_carry = torch.where(positions == 0, -torch.inf, marks.log_carry.clamp(min=LEAST_CARRY))
-    with torch.autocast(key.device.type, enabled=False):
-        sums = scan(parts, log_carry)
-    means = sums[..., :-1] / sums[..., -1:]
-    far_key = reference.rotate(means[..., : key.shape[-1]], positions, rotary).to(key.dtype)
-    return (far_key, means[..., key.shape[-1] :].to(value.dtype)), sums[..., -1].log()
-
-
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """LoRA adapters of PEFT off: the model as it was."""
-    layers = [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "lora_A")]
+    """LoRA adapters of PEFT off: the model as it was.
+
+    Not by PEFT's enable_adapters, which would freeze and thaw the adapters too: what is trained never changes.
+    """
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters") and hasattr(m, "lora_A")]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Behind transformers' AttentionMaskInterface: documents and windows are the attention function's matter."""
+            layer._disable_adapters = False

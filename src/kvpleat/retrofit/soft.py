@@ -1,0 +1,99 @@
+"""Attention of student and teacher, behind transformers' own AttentionInterface: soft decisions where there are any."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvpleat.hf.families import ModelFacts
+from kvpleat.kernels import reference
+from kvpleat.kernels.pooling import LEAST_WEIGHT, scan
+from kvpleat.kernels.relaxed import relaxed_attention
+from kvpleat.policies.learned import SoftMarks
+from kvpleat.types import Delay, Rotary
+
+IMPLEMENTATION = "kvpleat-retrofit"
+GONE = -1e9  # logit of what a sliding-window layer does not see
+LEAST_CARRY = -30.0  # log of a share that counts as nothing; sums of logs keep their digits
+
+
+@dataclass
+class SoftCall:
+    """One forward of student or teacher, as all layers see it.
+
+    Args:
+        doc_start: [R, T] int32, as in retrofit.data.Batch.
+        positions: [R, T] of each token within its document.
+        noise: [L, R, H, T] logistic noise of the student's gates, zeros for hard decisions; None: no compression.
+        facts: of the model.
+        rule: what becomes of marked entries.
+        marks: the student's decisions by compressed layer, filled on the way.
+    """
+
+    doc_start: Tensor
+    positions: Tensor
+    noise: Tensor | None
+    facts: ModelFacts
+    rule: Delay
+    marks: dict[int, SoftMarks] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Make the attention known to transformers, under a name that nobody asks for by accident."""
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    kvpleat_soft: SoftCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Behind transformers' AttentionInterface: query [R, Q, T, D], key and value [R, H, T, D] -> [R, T, Q, D]."""
+    assert kvpleat_soft is not None
+    call, rule = kvpleat_soft, kvpleat_soft.rule
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = call.facts.sliding.get(module.layer_idx)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    far, keep, size, delay = None, None, None, 0
+    if window is not None:
+        keep, delay = torch.full(key.shape[:3], GONE, device=key.device), window - 1
+    elif call.noise is not None:
+        marks, delay = call.marks[call.facts.layers.index(module.layer_idx)], rule.tokens
+        keep = nn.functional.pad(marks.keep_bias[..., 1:], (0, 1))  # token t + 1 decides about t
+        if rule.merges:
+            far, log_size = merged(key, value, marks, call, call.facts.rotary)
+            size = log_size if rule.log_size else None
+    out = relaxed_attention(query, (key, value), far, keep, size, call.doc_start, delay, scale, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def merged(
+    key: Tensor, value: Tensor, marks: SoftMarks, call: SoftCall, rotary: Rotary | None
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Keys and values [R, H, T, D] of the group that each token ends, and the log [R, H, T] of its size."""
+    assert marks.log_carry is not None
+    positions = call.positions[:, None]
+    plain = reference.rotate(key, -positions, rotary)
+    weight = torch.ones_like(marks.log_carry) if marks.weight is None else marks.weight.clamp(min=LEAST_WEIGHT)
+    ones = weight[..., None]
+    parts = torch.cat([plain * ones, value.to(plain.dtype) * ones, ones], dim=-1)
+    log_carry = torch.where(positions == 0, -torch.inf, marks.log_carry.clamp(min=LEAST_CARRY))
+    with torch.autocast(key.device.type, enabled=False):
+        sums = scan(parts, log_carry)
+    means = sums[..., :-1] / sums[..., -1:]
+    far_key = reference.rotate(means[..., : key.shape[-1]], positions, rotary).to(key.dtype)
+    return (far_key, means[..., key.shape[-1] :].to(value.dtype)), sums[..., -1].log()
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Behind transformers' AttentionMaskInterface: documents and windows are the attention function's matter."""
