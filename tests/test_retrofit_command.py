@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,27 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(place: Path, monkeypatch: p
     assert list(again["gates"]) == [f"{halves}/2x", f"{halves}/4x"]
 
 
+def test_what_was_learned_by_the_deadline_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step is slow: it alone is done before the deadline, and the second run does the others."""
+    stepped, seen = teaching.Teaching.on_step, list[int]()
+
+    def slow(self: teaching.Teaching, step: Progress) -> None:
+        stepped(self, step)
+        time.sleep(0 if seen else 1.1)
+        seen.append(step.step)
+
+    monkeypatch.setattr(teaching.Teaching, "on_step", slow)
+    given = arguments(place, "--save-every", "0")
+    result = invoke(*given, "--deadline", "1")
+    assert result.exit_code == 0, result.stderr
+    done = len(seen)
+    assert 1 <= done < 6
+    assert result.stdout == f"stopped after step {done} of 6; the same command goes on\n"
+    assert "x" not in {path.name[-1] for path in (place / "out").iterdir()}
+    assert json.loads(invoke(*given, "--json").stdout)["steps"] == 6
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
 def test_gates_of_another_recipe_are_no_result(place: Path, taught: dict[str, Any]) -> None:
     folder = place / "out" / "4x"
     folder.mkdir(parents=True)
@@ -247,7 +269,6 @@ def test_speed_and_share_of_peak(place: Path, taught: dict[str, Any], monkeypatc
         (["--train", "heads"], "train='heads': one of gates, lora, full"),
         (["--adapt", "head"], "adapt='head'"),
         (["--tokens", "5"], "both say how long to train. A step is 512 tokens"),
-        (["--deadline", "9", "--save-every", "0"], "what was learned by then would be lost"),
         (["--length", "1000", "--delay", "8"], "knows 512 positions"),
         (["--recall-share", "1.5"], "recall_share=1.5"),
         (["--model", "./nowhere"], "'./nowhere' is not a folder"),

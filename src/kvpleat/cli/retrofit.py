@@ -109,7 +109,7 @@ def retrofit_(
         checkpointing=checkpointing,
         compile=on_gpu if compile is None else compile,
     )
-    _check(recipe, data, held_out, save_every, deadline)
+    _check(recipe, data, held_out)
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # what stays in float32 (gates, adapters) may use tensor cores
     loaded = options.load_model(model, dtype or ("bfloat16" if on_gpu else "float32"), place, trust_remote_code)
@@ -146,15 +146,10 @@ def _delay(method: str, delay: int | None) -> int:
     return 0 if method == "dmc" else int(DEFAULT["delay"])
 
 
-def _check(recipe: Recipe, data: list[str], judged: list[str] | None, save_every: int, deadline: float | None) -> None:
+def _check(recipe: Recipe, data: list[str], judged: list[str] | None) -> None:
     """Refuse what would fail only after the model is loaded and the text is read."""
     if recipe.train == "lora" and importlib.util.find_spec("peft") is None:
         raise OptionError("--train lora needs peft, which is not installed: pip install 'kvpleat[retrofit]'")
-    if deadline is not None and not save_every:
-        raise OptionError(
-            f"--deadline {deadline:g} with --save-every 0: what was learned by then would be lost. Pass another "
-            "--save-every, or leave the deadline out."
-        )
     ours = {source.key for source in data_sources.find(data)}
     both = ours & {source.key for source in data_sources.find(judged)} if judged else set()
     if both:

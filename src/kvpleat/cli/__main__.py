@@ -1,0 +1,6 @@
+"""`python -m kvpleat.cli`: the `kvpleat` command, for launchers that start modules."""
+
+from kvpleat.cli import main
+
+if __name__ == "__main__":
+    main()
