@@ -64,7 +64,7 @@ def compare(
     """Train copies of a model, one after the other.
 
     Args:
-        model: the common start; stays as it is.
+        model: the common start. It and the gates stay as they are.
         arms: recipe and gates of each; gates None: compression off, exactly once.
         texts: what all are trained and judged on.
         write: takes a line for each step and evaluation.
@@ -85,7 +85,7 @@ def compare(
     steps: int | None = None
     for recipe, gates in arms:
         fixed = recipe if steps is None else replace(recipe, steps=steps)
-        arm = Arm(copy.deepcopy(model), fixed, gates)
+        arm = Arm(copy.deepcopy(model), fixed, copy.deepcopy(gates))
         steps = train(arm, texts, keep, evaluations=evaluations, seconds=seconds if steps is None else None)
     first = {line["arm"]: line for line in reversed(lines)}
     last = {line["arm"]: line for line in lines}

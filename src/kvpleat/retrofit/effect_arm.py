@@ -151,7 +151,7 @@ def judge(student: Student, batches: list[Batch], compressed: bool) -> tuple[flo
             total, count = total + float(nats), count + int(known)
             columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
             # The decision at t is about t - 1, which is gone once more than `delay` tokens have followed it.
-            decided = (columns > batch.doc_start) & (columns <= len(columns) - student.gates.config.delay)
+            decided = (columns > batch.doc_start) & (columns < len(columns) - student.gates.config.delay)
             for layer in marks.values():
                 gone = (layer.marked.round() * decided[:, None]).sum()
                 kept, seen = kept + layer.marked.numel() - float(gone), seen + layer.marked.numel()
