@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvpleat.errors import ModelError, OptionError
+from kvpleat.policies.lora import PREFIX
 from kvpleat.retrofit.distributed import Processes, part_of, whole
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ def save_adapter(adapted: Any, folder: Path, main: bool = True) -> None:
 
 
 def _targets(state: dict[str, Tensor]) -> set[str]:
-    """Names of the adapted modules, such as q_proj."""
-    return {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in state}
+    """Names of the adapted modules in the causal LM."""
+    return {name.removeprefix(PREFIX).partition(".lora_")[0] for name in state}
 
 
 def save_model(model: Any, folder: Path, main: bool = True) -> None:

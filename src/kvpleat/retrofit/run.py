@@ -5,11 +5,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from kvpleat import policies
 from kvpleat.errors import OptionError
@@ -143,9 +146,7 @@ class Run:
         """Take adapters off the model, and leave it in eval mode with its parameters as trainable as before."""
         if self.adapted is not None:
             self.adapted.unload()
-        if self.recipe.checkpointing:
-            self.model.gradient_checkpointing_disable()
-        self.model.eval()
+        _set_modes(self.model, False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._needed_grad[name])
 
@@ -172,10 +173,16 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
         ) from None
     targets: Any = "all-linear"
     if recipe.adapt == "attention":
-        inside = (pair for module in attention_modules(describe(model).decoder) for pair in module.named_children())
-        targets = sorted({name for name, module in inside if type(module).__name__ in ("Linear", "Conv1D")})
+        names = {module: name for name, module in model.named_modules()}  # whole ones: GPT-2 has two kinds of c_proj
+        inside = (child for module in attention_modules(describe(model).decoder) for child in module.children())
+        targets = [names[child] for child in inside if isinstance(child, nn.Linear | Conv1D)]
     options = LoraConfig(
-        r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layers
     )
     with warnings.catch_warnings():  # peft asks for a name that transformers calls old
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -183,9 +190,11 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
 
 
 def _set_modes(model: Any, checkpointing: bool) -> None:
-    """transformers recomputes activations in training mode only; nothing is ever dropped out."""
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    """transformers recomputes activations in training mode only; nothing is ever dropped out.
+
+    Not by its public method, which would also have embeddings ask for gradients, and leave a hook behind.
+    """
+    model._set_gradient_checkpointing(checkpointing, partial(torch_checkpoint, use_reentrant=False))
     model.train(checkpointing)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
