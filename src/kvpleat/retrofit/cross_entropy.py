@@ -84,8 +84,10 @@ def _measure(
     for first in range(0, len(hidden), CHUNK):
         part = slice(first, first + CHUNK)
         x = hidden[part].to(low)
-        nll, slope = chunk(nn.functional.linear(x, w, b), targets[part], softcap)
+        nll, slope = chunk(nn.functional.linear(x, w, b), targets[part], softcap, any(g is not None for g in grads))
         total += nll
+        if slope is None:
+            continue
         if grad is not None:
             grad[part] = slope @ w
         if weight_grad is not None:
@@ -95,8 +97,8 @@ def _measure(
     return total
 
 
-def _chunk(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """(sum of -log p, its gradient [n, vocabulary]) of a chunk's logits [n, vocabulary]."""
+def _chunk(logits: Tensor, targets: Tensor, softcap: float | None, sloped: bool) -> tuple[Tensor, Tensor | None]:
+    """(sum of -log p, its gradient [n, vocabulary] if wanted) of a chunk's logits [n, vocabulary]."""
     s = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
@@ -104,6 +106,8 @@ def _chunk(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tens
     known = (targets >= 0)[:, None]
     index = targets.clamp(min=0)[:, None]
     nll = torch.where(known, -log_p.gather(1, index), 0.0).sum()
+    if not sloped:
+        return nll, None
     here = torch.arange(logits.shape[1], device=logits.device) == index
     slope = torch.where(known, log_p.exp() - here.to(s.dtype), 0.0)
     if softcap is not None:
@@ -111,10 +115,10 @@ def _chunk(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tens
     return nll, slope.to(logits.dtype)
 
 
-_cache: list[Callable[..., tuple[Tensor, Tensor]]] = []
+_cache: list[Callable[..., tuple[Tensor, Tensor | None]]] = []
 
 
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor | None]]:
     if not _cache:
         _cache.append(torch.compile(_chunk, dynamic=False))
     return _cache[0]
