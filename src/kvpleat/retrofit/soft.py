@@ -1,6 +1,5 @@
 """Attention of student and teacher, behind transformers' own AttentionInterface: soft decisions where there are any."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,25 +18,24 @@ GONE = -1e9  # logit of what a sliding-window layer does not see
 LEAST_CARRY = -30.0  # log of a share that counts as nothing; sums of logs keep their digits
 
 
-@dataclass
 class SoftCall:
-    """One forward of student or teacher, as all layers see it.
+    """One forward of student or teacher, as all layers see it. No dataclass: FSDP would hand each layer a copy.
 
     Args:
         doc_start: [R, T] int32, as in retrofit.data.Batch.
-        positions: [R, T] of each token within its document.
         noise: [L, R, H, T] logistic noise of the student's gates, zeros for hard decisions; None: no compression.
         facts: of the model.
         rule: what becomes of marked entries.
+
+    Attributes:
+        positions: [R, T] of each token within its document.
         marks: the student's decisions by compressed layer, filled on the way.
     """
 
-    doc_start: Tensor
-    positions: Tensor
-    noise: Tensor | None
-    facts: ModelFacts
-    rule: Delay
-    marks: dict[int, SoftMarks] = field(default_factory=dict)
+    def __init__(self, doc_start: Tensor, noise: Tensor | None, facts: ModelFacts, rule: Delay) -> None:
+        self.doc_start, self.noise, self.facts, self.rule = doc_start, noise, facts, rule
+        self.positions = torch.arange(doc_start.shape[1], device=doc_start.device) - doc_start
+        self.marks: dict[int, SoftMarks] = {}
 
 
 def register() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvpleat.errors import OptionError, UnsupportedError
+from kvpleat.errors import AttachError, OptionError, UnsupportedError
 from kvpleat.hf.families import ModelFacts, describe
 from kvpleat.policies.gates import Gates
 from kvpleat.policies.learned import Learned, SoftMarks
@@ -81,15 +81,20 @@ class Student(nn.Module):
 
     def forward(self, tokens: Tensor, doc_start: Tensor, noise: Tensor) -> tuple[Tensor, dict[int, SoftMarks]]:
         """Hidden states [R, T, hidden] before the head, and the decisions of each layer."""
-        call = self._call(tokens, doc_start, noise)
+        call = SoftCall(doc_start, noise, self.facts, self._rule)
         decoder = self._decoder if self.compiled else self.facts.decoder
         out = decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+        if noise is not None and len(call.marks) != self.gates.config.num_layers:
+            raise AttachError(
+                f"Gates of {len(call.marks)} layers out of {self.gates.config.num_layers} decided in this forward, so "
+                "the others would not learn. Leave attached() around all of it, and attention modules as they are."
+            )
         return out.last_hidden_state, call.marks
 
     @torch.no_grad()
     def teach(self, tokens: Tensor, doc_start: Tensor) -> Tensor:
         """The teacher's hidden states [R, T, hidden]."""
-        call = self._call(tokens, doc_start, None)
+        call = SoftCall(doc_start, None, self.facts, self._rule)
         with nullcontext() if self._teacher else without_adapters(self.model):
             decoder = self._teacher_decoders[self.compiled]
             out = decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
@@ -129,10 +134,6 @@ class Student(nn.Module):
                 model.set_attn_implementation(implementation)
 
     # ---- inside the decoder
-
-    def _call(self, tokens: Tensor, doc_start: Tensor, noise: Tensor | None) -> SoftCall:
-        positions = torch.arange(tokens.shape[1], device=tokens.device) - doc_start
-        return SoftCall(doc_start, positions, noise, self.facts, self._rule)
 
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an attention module: let the gates read its input."""
