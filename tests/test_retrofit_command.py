@@ -157,6 +157,18 @@ def test_a_run_leaves_gates_that_serve(place: Path) -> None:
     assert json.loads(done.stdout)["policy"]["gates"] == folders[1]
 
 
+def test_a_model_that_was_trained_whole_is_served_by_itself(place: Path) -> None:
+    result = invoke(*arguments(place, "--train", "full", "--steps", "2", "--json"))
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["trained"]["model"] == sum(
+        tensor.numel() for tensor in load_file(place / "tiny" / "model.safetensors").values()
+    )
+    gates = place / "out" / "4x"
+    serve = ["explain", "--model", str(gates / "model"), "--device", "cpu", "--policy", "dms", "--gates", str(gates)]
+    done = CliRunner().invoke(app, serve, catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+
+
 def test_what_people_see(place: Path) -> None:
     result = invoke(*arguments(place, "--steps", "8", "--held-out", str(place / "judge.txt"), "--held-out-rows", "2"))
     assert result.exit_code == 0, result.stderr

@@ -118,6 +118,9 @@ def retrofit_(
     run = Teaching(loaded, recipe, text, out, world, resumes=not no_resume)
     _teach(run, judged, held_out_rows, {"save_every": save_every, "resume": not no_resume, "deadline_s": deadline})
     if world.rank == 0:
+        if recipe.train == "full":
+            for folder in run.gates():  # so that the model there can be loaded by itself
+                loaded.tokenizer.save_pretrained(Path(folder) / "model")
         if as_json:
             print(json.dumps(run.result()))
         else:
