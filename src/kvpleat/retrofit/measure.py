@@ -13,7 +13,7 @@ from kvpleat.retrofit.data import Batch
 from kvpleat.retrofit.objective import Distance, distill, marked_share
 from kvpleat.retrofit.student import Student
 
-HARD = 1e-6  # temperature at which decisions are as good as hard
+HARD = 1e-9  # temperature at which decisions are hard: a float32 logit that is not 0 is far above it
 
 
 class Outcome(NamedTuple):
