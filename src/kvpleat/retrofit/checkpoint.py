@@ -118,7 +118,8 @@ def _gathered(tensors: dict[str, Tensor], main: bool, dtype: torch.dtype | None 
     for name, x in tensors.items():
         full = whole(x.detach())
         if main:
-            kept[name] = full.to("cpu", dtype or full.dtype).contiguous().clone()
+            narrow = dtype if dtype is not None and full.is_floating_point() else full.dtype
+            kept[name] = full.to("cpu", narrow).contiguous().clone()
     return kept
 
 
@@ -152,7 +153,9 @@ def _targets(state: dict[str, Tensor]) -> set[str]:
 
 def save_model(model: Any, folder: Path, main: bool = True) -> None:
     """Write all weights of a model that was trained whole, in bfloat16; every process asks, the main one writes."""
-    state = _gathered(model.state_dict(), main, torch.bfloat16)
+    tensors = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied weights are one tensor
+    state = _gathered({n: x for n, x in tensors.items() if first[id(x)] == n}, main, torch.bfloat16)
     if main:
         model.save_pretrained(folder / "model", state_dict=state)
 
