@@ -1,5 +1,6 @@
 """How ratio and learning rate move over a run."""
 
+import itertools
 import math
 
 import pytest
@@ -47,7 +48,7 @@ def test_ratio_never_falls_and_arrives(recipe: Recipe) -> None:
         assert asked[end - 1][0] == pytest.approx(ratio)
         assert asked[end - 1][1] == pytest.approx(1.0 if recipe.ramp == 1.0 else LAST_RATE)
     targets = [recipe.target(step) for step in range(recipe.steps)]
-    assert all(0 <= a <= b + 1e-9 < 1 for a, b in zip(targets, targets[1:], strict=False))
+    assert all(0 <= a <= b + 1e-9 < 1 for a, b in itertools.pairwise(targets))
 
 
 def test_stages_are_as_long_as_their_octaves() -> None:

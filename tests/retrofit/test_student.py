@@ -174,8 +174,12 @@ def test_what_cannot_be_taught_is_refused() -> None:
 
 
 def test_a_layer_without_its_gates_is_noticed() -> None:
+    """Where the attention module was replaced, and where a forward runs after detaching."""
     model, tokens = models.tiny("llama"), models.prompt(9)
     student = student_of(model, "dms")
-    with pytest.raises(KeyError), student.attached(), torch.no_grad():
+    with student.attached(), torch.no_grad():
         model.model.layers[1].self_attn._forward_pre_hooks.clear()
+        with pytest.raises(AttachError, match="Layer 1 ran without its gates"):
+            student(tokens, one_document(1, 9), student.no_noise(1, 9))
+    with pytest.raises(AttachError, match="Gates of 0 layers out of 3"):
         student(tokens, one_document(1, 9), student.no_noise(1, 9))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from kvpleat.errors import AttachError
 from kvpleat.hf.families import ModelFacts
 from kvpleat.kernels import reference
 from kvpleat.kernels.pooling import LEAST_WEIGHT, scan
@@ -37,6 +38,16 @@ class SoftCall:
         self.positions = torch.arange(doc_start.shape[1], device=doc_start.device) - doc_start
         self.marks: dict[int, SoftMarks] = {}
 
+    def marks_of(self, index: int) -> SoftMarks:
+        """The decisions of a layer, by its index in the model."""
+        marks = self.marks.get(self.facts.layers.index(index))
+        if marks is None:
+            raise AttachError(
+                f"Layer {index} ran without its gates, so it would not learn. Leave attention modules as they are "
+                "inside attached()."
+            )
+        return marks
+
 
 def register() -> None:
     """Make the attention known to transformers, under a name that nobody asks for by accident."""
@@ -66,7 +77,7 @@ def attend(
     if window is not None:
         keep, delay = torch.full(key.shape[:3], GONE, device=key.device), window - 1
     elif call.noise is not None:
-        marks, delay = call.marks[call.facts.layers.index(module.layer_idx)], rule.tokens
+        marks, delay = call.marks_of(module.layer_idx), rule.tokens
         keep = nn.functional.pad(marks.keep_bias[..., 1:], (0, 1))  # token t + 1 decides about t
         if rule.merges:
             far, log_size = merged(key, value, marks, call, call.facts.rotary)
