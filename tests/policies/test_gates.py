@@ -56,6 +56,17 @@ def logits_by_hand(gates: Gates, layer: int, token: Tensor) -> list[list[float]]
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_policy_saves_and_loads_its_gates(method: str, tmp_path: Path) -> None:
+    gates = make(method, seed=3)
+    METHODS[method](gates=gates).save_pretrained(tmp_path / "gates")
+    policy = METHODS[method].from_pretrained(str(tmp_path / "gates"))
+    hidden = torch.randn(1, 7, 48, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(policy.marks(1, hidden).marked, METHODS[method](gates=gates).marks(1, hidden).marked)
+    with pytest.raises(OptionError, match="no gates before it meets a model"):
+        METHODS[method](ratio=4.0).save_pretrained(tmp_path / "none")
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mlp_size", [None, 5])
 def test_logits(method: str, mlp_size: int | None) -> None:
     gates = make(method, seed=1, mlp_size=mlp_size, scale=3.0)

@@ -59,22 +59,32 @@ def attend(q: Tensor, seen: Seen, start: int, delay: int, scale: float, softcap:
     index = order[..., None].expand(-1, -1, head_dim)
     bias = None if seen.groups_bias is None else seen.groups_bias.gather(1, order)
     kept = _Part(keys.gather(1, index), values.gather(1, index), seen.stays, bias)
-    counts = F.pad(seen.stays.cumsum(1), (1, 0))
+    counts, old = F.pad(seen.stays.cumsum(1), (1, 0)), seen.past_live.sum(1)
+    # Heads keep very different numbers. Together each costs what the longest does; one after the other, its own.
+    groups = [slice(h, h + 1) for h in range(num_heads)] if q.device.type == "cpu" else [slice(None)]
     for begin in range(0, num_new, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, num_new)
         queries = torch.arange(start + begin, start + end, device=q.device)[:, None] - seen.first
         done = min(max(0, start + begin - delay - seen.first), seen.stays.shape[1])
-        parts = [past, _finished(kept, counts[:, done]), *_around(seen, queries, done, delay)]
-        out[:, :, begin:end] = _attend_parts(q[:, :, begin:end], parts, scale, softcap)
+        around = _around(seen, queries, done, delay)
+        for heads in groups:
+            parts = [_first(past, old[heads], heads), _first(kept, counts[heads, done], heads)]
+            parts += [_of_heads(part, heads) for part in around]
+            out[heads, :, begin:end] = _attend_parts(q[heads, :, begin:end], parts, scale, softcap)
     return out.view(-1, num_new, head_dim)
 
 
-def _finished(kept: _Part, counts: Tensor) -> _Part:
-    """The first counts[h] of the entries that stay, which every query of the block sees: [H]."""
+def _first(part: _Part, counts: Tensor, heads: slice) -> _Part:
+    """The first counts[h] entries of some heads, which every query sees: counts [h]."""
     longest = int(counts.max())
     live = torch.arange(longest, device=counts.device) < counts[:, None]
-    bias = None if kept.bias is None else kept.bias[:, :longest]
-    return _Part(kept.keys[:, :longest], kept.values[:, :longest], live[:, None], bias)
+    bias = None if part.bias is None else part.bias[heads, :longest]
+    return _Part(part.keys[heads, :longest], part.values[heads, :longest], live[:, None], bias)
+
+
+def _of_heads(part: _Part, heads: slice) -> _Part:
+    visible = part.visible if part.visible.shape[0] == 1 else part.visible[heads]
+    return _Part(part.keys[heads], part.values[heads], visible, None if part.bias is None else part.bias[heads])
 
 
 def _around(seen: Seen, queries: Tensor, done: int, delay: int) -> list[_Part]:

@@ -11,6 +11,7 @@ Fold (ours): c learned, b = 1, and log z_t is added to the entry's attention log
 """
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -69,6 +70,20 @@ class Learned(Policy):
     def from_pretrained(cls, name_or_folder: str) -> Self:
         """The policy with gates that come with kvpleat, by name, or those in a folder."""
         return cls(gates=Gates.from_pretrained(name_or_folder))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the policy's gates, and their LoRA if there is one, into `folder`: see `Gates.save_pretrained`.
+
+        Raises:
+            OptionError: only a ratio is given, so which gates these are depends on a model.
+        """
+        if self.gates is None:
+            raise OptionError(
+                f"{type(self).__name__}(ratio={self.ratio}) has no gates before it meets a model, so there is nothing "
+                "to save. Make the policy with from_pretrained(NAME_OR_FOLDER)."
+            )
+        gates = self.gates if isinstance(self.gates, Gates) else Gates.from_pretrained(self.gates)
+        gates.save_pretrained(folder)
 
     def for_model(self, base: dict[str, Any]) -> Self:
         """The same policy with its gates loaded.

@@ -24,7 +24,8 @@ class Recipe:
         delay: tokens a marked entry waits; dmc takes 0.
         rate: learning rate of the gates. model_rate: of adapters or weights.
         ramp: share of a stage in which the ratio grows; then it stays, and the rates fall.
-        margin: how much more than the ratio is asked for, since texts differ.
+        margin: what is asked for, as a share of the ratio. Each row that compresses too little is penalised, so that the
+            mean comes out above what is asked: at 0.93 rows of 4,096 tokens reached 1.98, 4.18 and 8.35 of 2, 4 and 8.
         temperature: of the relaxed decisions. scale: of the gates' logits.
         ratio_weight: of the penalty for compressing too little. lm_weight: of the language model loss.
         recall_share: share of rows that are synthetic recall tasks. answer_weight: of their answers' tokens.
@@ -46,7 +47,7 @@ class Recipe:
     rate: float = 3e-3
     model_rate: float = 3e-4
     ramp: float = 0.7
-    margin: float = 1.03
+    margin: float = 0.95
     temperature: float = 0.1
     scale: float = 10.0
     ratio_weight: float = 10.0
@@ -74,7 +75,7 @@ class Recipe:
         for ratio in self.ratios:
             check_ratio(ratio)
             target_share(ratio * self.margin, self.delay, self.length)
-        check_at_least(rows=(self.rows, 1), length=(self.length, 2), rank=(self.rank, 1), margin=(self.margin, 1.0),
+        check_at_least(rows=(self.rows, 1), length=(self.length, 2), rank=(self.rank, 1), margin=(self.margin, 0.5),
                        accumulate=(self.accumulate, 1))  # fmt: skip
 
     def stage_ends(self) -> list[int]:
