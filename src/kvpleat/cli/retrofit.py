@@ -56,6 +56,9 @@ def retrofit_(
     model_rate: Annotated[float, typer.Option(min=0, help="Learning rate of adapters or weights.")] = DEFAULT[
         "model_rate"
     ],
+    margin: Annotated[
+        float, typer.Option(help="What is asked for, as a share of --ratio; rows overshoot it.")
+    ] = DEFAULT["margin"],
     recall_share: Annotated[float, typer.Option(help="Share of rows that are synthetic recall tasks.")] = DEFAULT[
         "recall_share"
     ],
@@ -98,6 +101,7 @@ def retrofit_(
         delay=_delay(method, delay),
         rate=rate,
         model_rate=model_rate,
+        margin=margin,
         lm_weight=lm_weight,
         recall_share=recall_share,
         answer_weight=answer_weight,

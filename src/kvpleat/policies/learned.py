@@ -225,7 +225,7 @@ class DMC(Learned):
     summary: ClassVar[str] = "learned merging: each token opens an entry or merges into the newest"
     needs: ClassVar[str] = DMS.needs
     guarantees: ClassVar[str] = DMS.guarantees
-    biases: ClassVar[tuple[float, ...]] = (-5.0, 2.0)
+    biases: ClassVar[tuple[float, ...]] = (-5.0, 0.0)  # the weight starts where it is learned fastest
     merges: ClassVar[bool] = True
     weighs: ClassVar[bool] = True
 
