@@ -24,8 +24,8 @@ class Recipe:
         delay: tokens a marked entry waits; dmc takes 0.
         rate: learning rate of the gates. model_rate: of adapters or weights.
         ramp: share of a stage in which the ratio grows; then it stays, and the rates fall.
-        margin: what is asked for, as a share of the ratio. Each row that compresses too little is penalised, so the mean
-            comes out above what is asked: at 0.93 rows of 4,096 tokens reached 1.98, 4.18 and 8.35 of 2, 4 and 8.
+        margin: what is asked for, as a share of the ratio. Every row that compresses too little is penalised, so means
+            come out above what is asked: at 0.93 rows of 4,096 tokens reached 1.98, 4.18 and 8.35 of 2, 4 and 8.
         temperature: of the relaxed decisions. scale: of the gates' logits.
         ratio_weight: of the penalty for compressing too little. lm_weight: of the language model loss.
         recall_share: share of rows that are synthetic recall tasks. answer_weight: of their answers' tokens.
