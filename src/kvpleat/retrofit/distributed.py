@@ -1,8 +1,9 @@
 """Several processes at one run: who is who, weights in shards (FSDP2), and what the processes tell each other.
 
-`accelerate launch` or torchrun starts them and says in the environment which is which; accelerate joins them. Rows are
-dealt to processes, weights and optimiser state are cut into as many shards. The run is the one that a single process
-would do on all rows: noise belongs to a row, and means are over all rows and tokens.
+`accelerate launch` or torchrun starts them (on CPUs torchrun: accelerate starts one there) and says in the environment
+which is which; accelerate joins them. Rows are dealt to processes, weights and optimiser state are cut into as many
+shards. The run is the one that a single process would do on all rows: noise belongs to a row, and means are over all
+rows and tokens.
 
 Sharding itself is torch's `fully_shard`, because accelerate's `prepare` shards on GPUs only, and then what is tested on
 CPUs would be another program. So of accelerate's config file the number of processes and machines count; how a model is
