@@ -112,8 +112,11 @@ def _left(marked: Tensor, doc_start: Tensor, delay: int) -> int:
 
 
 def precision(device: torch.device) -> Any:
-    """bfloat16 products on a GPU; on a CPU everything in the weights' dtype."""
-    return torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
+    """bfloat16 products on a GPU; on a CPU everything in the weights' dtype.
+
+    Without autocast's cache: a weight is read once, and its copy would outlive the shards it was put together from.
+    """
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if device.type == "cuda" else nullcontext()
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
