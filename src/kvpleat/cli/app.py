@@ -146,7 +146,7 @@ def _shipped_gates(method: str) -> list[dict[str, Any]]:
 
 
 def _gates_line(gates: dict[str, Any]) -> str:
-    figures = "".join(f", {name} {value:g}" for name, value in gates["measured"].items())
+    figures = "".join(f", {name} {value:.4g}" for name, value in gates["measured"].items())
     return f"{gates['name']}: ratio {gates['ratio']:g}{figures}"
 
 

@@ -29,6 +29,11 @@ from kvpleat.retrofit.objective import too_little
 from kvpleat.retrofit.student import Student, attention_modules
 
 
+# Before anything merges, the gates of weights and shares have gradients of about 1e-8, which are rounding. AdamW divides by
+# their size: with its usual 1e-8 it would make real steps of them.
+GATES_EPS = 1e-6
+
+
 class Figures(NamedTuple):
     """Of one step, means over its batches and all processes: loss and KL in nats a token, agreement, share of marked
     entries."""
@@ -83,7 +88,7 @@ class Run:
         trained = self.trained()
         gates = [p for name, p in trained.items() if name.startswith("gates.")]
         rest = [p for name, p in trained.items() if not name.startswith("gates.")]
-        groups = [{"params": gates, "lr": self.recipe.rate}]
+        groups = [{"params": gates, "lr": self.recipe.rate, "eps": GATES_EPS}]
         return groups + ([{"params": rest, "lr": self.recipe.model_rate}] if rest else [])
 
     def advance(self) -> Figures:
