@@ -59,7 +59,9 @@ def attend(q: Tensor, seen: Seen, start: int, delay: int, scale: float, softcap:
     index = order[..., None].expand(-1, -1, head_dim)
     bias = None if seen.groups_bias is None else seen.groups_bias.gather(1, order)
     kept = _Part(keys.gather(1, index), values.gather(1, index), seen.stays, bias)
-    counts, old = F.pad(seen.stays.cumsum(1), (1, 0)), seen.past_live.sum(1)
+    counts = F.pad(seen.stays.cumsum(1), (1, 0))
+    places = torch.arange(1, past.keys.shape[1] + 1, device=q.device)
+    reach = F.pad(seen.past_live * places, (1, 0)).amax(1)  # behind each head's last entry of the past
     # Heads keep very different numbers. Together each costs what the longest does; one after the other, its own.
     groups = [slice(h, h + 1) for h in range(num_heads)] if q.device.type == "cpu" else [slice(None)]
     for begin in range(0, num_new, QUERY_BLOCK):
@@ -68,7 +70,7 @@ def attend(q: Tensor, seen: Seen, start: int, delay: int, scale: float, softcap:
         done = min(max(0, start + begin - delay - seen.first), seen.stays.shape[1])
         around = _around(seen, queries, done, delay)
         for heads in groups:
-            parts = [_first(past, old[heads], heads), _first(kept, counts[heads, done], heads)]
+            parts = [_of_heads(past, heads, int(reach[heads].max())), _first(kept, counts[heads, done], heads)]
             parts += [_of_heads(part, heads) for part in around]
             out[heads, :, begin:end] = _attend_parts(q[heads, :, begin:end], parts, scale, softcap)
     return out.view(-1, num_new, head_dim)
@@ -82,9 +84,11 @@ def _first(part: _Part, counts: Tensor, heads: slice) -> _Part:
     return _Part(part.keys[heads, :longest], part.values[heads, :longest], live[:, None], bias)
 
 
-def _of_heads(part: _Part, heads: slice) -> _Part:
-    visible = part.visible if part.visible.shape[0] == 1 else part.visible[heads]
-    return _Part(part.keys[heads], part.values[heads], visible, None if part.bias is None else part.bias[heads])
+def _of_heads(part: _Part, heads: slice, stop: int | None = None) -> _Part:
+    """The first `stop` entries of some heads."""
+    visible = (part.visible if part.visible.shape[0] == 1 else part.visible[heads])[..., :stop]
+    bias = None if part.bias is None else part.bias[heads, :stop]
+    return _Part(part.keys[heads, :stop], part.values[heads, :stop], visible, bias)
 
 
 def _around(seen: Seen, queries: Tensor, done: int, delay: int) -> list[_Part]:

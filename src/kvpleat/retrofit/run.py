@@ -28,8 +28,8 @@ from kvpleat.retrofit.measure import Lesson, moved, precision, predicted_weight
 from kvpleat.retrofit.objective import too_little
 from kvpleat.retrofit.student import Student, attention_modules
 
-# Before anything merges, the gates of weights and shares have gradients of about 1e-8, which are rounding. AdamW divides
-# by their size: with its usual eps of 1e-8 it would make real steps of them.
+# Before anything merges, gates of weights and shares have gradients of about 1e-8, which are rounding. AdamW divides by
+# their size: with its usual eps of 1e-8 it would make real steps of them.
 GATES_EPS = 1e-6
 
 
