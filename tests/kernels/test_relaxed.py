@@ -97,8 +97,14 @@ def test_torch_is_the_definition(case: tuple[int, ...]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)  # softmax is in float32
 
 
+@pytest.mark.parametrize("blocks", [(32, 32), (16, 32), (64, 16)], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_triton_is_the_definition(case: tuple[int, ...]) -> None:
+def test_triton_is_the_definition(
+    case: tuple[int, ...], blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the blocks of queries and of keys."""
+    options = {"PRECISION": "ieee", "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(relaxed_triton, "_blocks", lambda q, kernel: (*blocks, options))
     tensors, doc_start, delay = arguments(case, torch.float32)
     exact = {name: None if x is None else x.double() for name, x in tensors.items()}
     wanted = run(by_definition, exact, doc_start, delay)
