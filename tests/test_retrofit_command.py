@@ -21,7 +21,7 @@ from tests import models
 from tests.retrofit import texts
 
 LENGTH, ROWS = 256, 2
-INNER = {"ramp", "margin", "temperature", "scale", "ratio_weight"}  # of Recipe, without an option of their own
+INNER = {"ramp", "temperature", "scale", "ratio_weight"}  # of Recipe, without an option of their own
 
 
 def invoke(*arguments: str) -> Result:
@@ -80,20 +80,27 @@ def test_defaults_are_those_of_the_recipe(place: Path, taught: dict[str, Any]) -
 def test_every_option_reaches_the_recipe(place: Path, taught: dict[str, Any]) -> None:
     expected = Recipe(
         method="fold", ratios=(2.0, 3.5), train="lora", steps=9, rows=3, length=300, delay=5, rate=0.5, model_rate=0.25,
-        lm_weight=0.75, recall_share=0.25, answer_weight=2.0, adapt="all", rank=3, mlp_size=7, seed=11, accumulate=2,
-        checkpointing=True, compile=True,
+        margin=0.9, lm_weight=0.75, recall_share=0.25, answer_weight=2.0, adapt="all", rank=3, mlp_size=7, seed=11,
+        accumulate=2, checkpointing=True, compile=True,
     )  # fmt: skip
     same = {f.name for f in fields(Recipe) if getattr(expected, f.name) == f.default}
     assert same == INNER  # so that no option can be forgotten above
     options = ["--method", "fold", "--ratio", "2,3.5", "--train", "lora", "--steps", "9", "--rows", "3"]
     options += ["--length", "300", "--delay", "5", "--rate", "0.5", "--model-rate", "0.25", "--lm-weight", "0.75"]
     options += ["--recall-share", "0.25", "--answer-weight", "2", "--adapt", "all", "--rank", "3", "--mlp-size", "7"]
-    options += ["--seed", "11", "--accumulate", "2", "--checkpointing", "--compile", "--no-resume"]
+    options += ["--margin", "0.9", "--seed", "11", "--accumulate", "2", "--checkpointing", "--compile", "--no-resume"]
     result = invoke(*arguments(place), *options, "--save-every", "4", "--deadline", "60")
     assert result.exit_code == 0, result.stderr
     assert taught["recipe"] == expected
     assert (taught["resume"], taught["save_every"], taught["deadline_s"]) == (False, 4, 60.0)
+    assert taught["fit_s"] is None
     assert taught["first"].tokens.shape == (3, 300)
+
+
+def test_seconds_in_place_of_steps(place: Path, taught: dict[str, Any]) -> None:
+    result = invoke(*arguments(place)[:-2], "--seconds", "90")
+    assert result.exit_code == 0, result.stderr
+    assert taught["fit_s"] == 90.0
 
 
 def test_dmc_does_not_wait(place: Path, taught: dict[str, Any]) -> None:
@@ -280,7 +287,7 @@ def test_speed_and_share_of_peak(place: Path, taught: dict[str, Any], monkeypatc
         (["--delay", "0"], "delay=0 for dms"),
         (["--train", "heads"], "train='heads': one of gates, lora, full"),
         (["--adapt", "head"], "adapt='head'"),
-        (["--tokens", "5"], "both say how long to train. A step is 512 tokens"),
+        (["--tokens", "5"], "each says how long to train. A step is 512 tokens"),
         (["--length", "1000", "--delay", "8"], "knows 512 positions"),
         (["--recall-share", "1.5"], "recall_share=1.5"),
         (["--model", "./nowhere"], "'./nowhere' is not a folder"),

@@ -143,6 +143,24 @@ def steps_of(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
 
 
+def test_steps_fitted_to_the_time(tmp_path: Path) -> None:
+    """As many as fit, and never so few that a ratio leaves no gates; a run that was cut off keeps the number."""
+    recipe, steps = replace(RECIPE, steps=600, train="gates"), []
+    run = functools.partial(retrofit, model_for_texts(), recipe, held_out=judged)
+    measured = run(batches(), tmp_path / "none", fit_s=0.0, on_step=steps.append)
+    assert list(measured) == ["1.5x", "2.5x"]
+    assert steps[-1].step == steps[-1].steps < 90
+    assert json.loads((tmp_path / "none" / "2.5x" / "config.json").read_text())["training"]["recipe"]["steps"] < 90
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 35:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(batches(), tmp_path / "some", fit_s=0.0, save_every=34, on_step=stop)
+    assert run(batches(), tmp_path / "some", fit_s=0.0, save_every=34) == measured
+
+
 def test_stopped_and_resumed(tmp_path: Path) -> None:
     """A run that stops at its deadline, and one that dies between two checkpoints, end as one that went through: the
     same gates, the same metrics."""

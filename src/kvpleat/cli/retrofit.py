@@ -46,6 +46,9 @@ def retrofit_(
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     steps: Annotated[int | None, typer.Option(min=1, help=f"Optimiser steps (default: {DEFAULT['steps']}).")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, instead of --steps.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Train for about so long, judging left out, instead of --steps.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch, on each GPU.")] = DEFAULT["rows"],
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = DEFAULT["length"],
     delay: Annotated[
@@ -95,7 +98,7 @@ def retrofit_(
         method=method,
         ratios=_ratios(ratio),
         train=train,
-        steps=_steps(steps, tokens, rows * length * accumulate * world.size),
+        steps=_steps(steps, tokens, seconds, rows * length * accumulate * world.size),
         rows=rows,
         length=length,
         delay=_delay(method, delay),
@@ -120,7 +123,8 @@ def retrofit_(
     _check_length(loaded, recipe)
     text, judged = _texts(loaded, data, held_out, text_field, world)
     run = Teaching(loaded, recipe, text, out, world, resumes=not no_resume)
-    _teach(run, judged, held_out_rows, {"save_every": save_every, "resume": not no_resume, "deadline_s": deadline})
+    how = {"save_every": save_every, "resume": not no_resume, "deadline_s": deadline, "fit_s": seconds}
+    _teach(run, judged, held_out_rows, how)
     if world.rank == 0:
         if recipe.train == "full":
             for folder in run.gates():  # so that the model there can be loaded by itself
@@ -138,11 +142,13 @@ def _ratios(text: str) -> tuple[float, ...]:
         raise OptionError(f"--ratio {text!r}: pass numbers with commas between them, such as 2,4,8.") from None
 
 
-def _steps(steps: int | None, tokens: int | None, per_step: int) -> int:
-    if steps is not None and tokens is not None:
+def _steps(steps: int | None, tokens: int | None, seconds: float | None, per_step: int) -> int:
+    given = {"--steps": steps, "--tokens": tokens, "--seconds": seconds}
+    said = [f"{name} {value:g}" for name, value in given.items() if value is not None]
+    if len(said) > 1:
         raise OptionError(
-            f"--steps {steps} and --tokens {tokens}: both say how long to train. A step is {per_step:,} tokens here; "
-            "leave one of them out."
+            f"{' and '.join(said)}: each says how long to train. A step is {per_step:,} tokens here; leave all but one "
+            "of them out."
         )
     return steps or (math.ceil(tokens / per_step) if tokens else DEFAULT["steps"])
 

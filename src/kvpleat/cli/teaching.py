@@ -118,7 +118,7 @@ class Teaching:
         figures = f"loss {step.loss:.4f}, KL {step.kl:.4f}, ratio {step.reached:.2f} of {step.ratio:.2f}"
         if self.speed:
             figures += f", {self.speed:,.0f} tokens/s, {self._left()} left"
-        self._bar.update(self._task, completed=step.step, figures=figures)
+        self._bar.update(self._task, completed=step.step, total=step.steps, figures=figures)
 
     @property
     def speed(self) -> float | None:

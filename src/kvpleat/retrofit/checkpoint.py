@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -67,8 +67,8 @@ def find(folder: Path, processes: Processes) -> Path | None:
     return places[found] if found < len(places) else None
 
 
-def load(run: "Run", folder: Path) -> None:
-    """Put a run where `save` left it.
+def load(run: "Run", folder: Path, any_steps: bool = False) -> None:
+    """Put a run where `save` left it. `any_steps`: with the number of steps that was fitted then.
 
     Raises:
         ModelError: the checkpoint is of another recipe, model or number of processes, or damaged.
@@ -80,6 +80,8 @@ def load(run: "Run", folder: Path) -> None:
         raise ModelError(
             f"The checkpoint {folder} cannot be read: {error}. Remove it to start the run again."
         ) from error
+    if any_steps:
+        run.recipe = replace(run.recipe, steps=state["recipe"]["steps"])
     for what, mine in _identity(run).items():
         if state[what] != mine:
             raise ModelError(

@@ -103,6 +103,14 @@ class Run:
         self.step += 1
         return Figures(*self.processes.mean(figures).tolist())
 
+    def fit_steps(self, more: float) -> None:
+        """Have the run end after about `more` further steps, the same number in every process."""
+        more = float(self.processes.mean(torch.tensor(more, device=self.device)))
+        recipe = replace(self.recipe, steps=max(self.step + len(self.recipe.ratios), self.step + int(more)))
+        while recipe.stage_ends()[0] <= self.step:  # every ratio leaves its gates
+            recipe = replace(recipe, steps=recipe.steps + 1)
+        self.recipe = recipe
+
     def _backward(self, batch: Batch, part: int) -> Tensor:
         """Gradients of one batch, and its figures [4] in this process."""
         recipe, processes = self.recipe, self.processes
