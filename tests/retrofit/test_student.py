@@ -1,6 +1,7 @@
 """Soft attention: with hard decisions it is what the compressed cache computes; documents of a row are apart; nothing
 stays on the model."""
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvpleat import compress
 from kvpleat.errors import AttachError, OptionError, UnsupportedError
 from kvpleat.kernels import relaxed
 from kvpleat.policies import DMC, GateConfig, Gates
+from kvpleat.retrofit import soft
 from kvpleat.retrofit.measure import HARD
 from kvpleat.retrofit.student import Student, without_adapters
 from tests import models
@@ -183,3 +185,32 @@ def test_a_layer_without_its_gates_is_noticed() -> None:
             student(tokens, one_document(1, 9), student.no_noise(1, 9))
     with pytest.raises(AttachError, match="Gates of 0 layers out of 3"):
         student(tokens, one_document(1, 9), student.no_noise(1, 9))
+
+
+@pytest.mark.parametrize("method", ["dms", "fold"])
+def test_layers_share_what_is_compiled(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers fused, in the same number of graphs however many layers there are, and nothing is left behind."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    soft._fused_merge.cache_clear()
+    graphs = []
+    for layers in (2, 4):
+        model = models.tiny("llama", dtype=torch.float32, num_hidden_layers=layers).requires_grad_(False)
+        gates = random_gates(model, method)
+        tokens, doc_start = models.prompt(37, rows=2), torch.zeros(2, 37, dtype=torch.int32)
+        found = []
+        for compile in (False, True):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            gates.zero_grad()
+            student = student_of(model, method, gates, compile=compile)
+            with student.attached():
+                taught = student.teach(tokens, doc_start)
+                hidden, _ = student(tokens, doc_start, student.noise(2, 37, torch.Generator().manual_seed(1)))
+                hidden.square().sum().backward()
+            found.append((taught, hidden.detach(), gates.outer[0].weight.grad.clone()))
+        for fused, plain in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert all(module._compiled_call_impl is None for module in model.modules())
+    assert graphs[0] == graphs[1] > 0
+    soft._fused_merge.cache_clear()

@@ -26,7 +26,7 @@ from kvpleat.retrofit.data import Batch
 from kvpleat.retrofit.distributed import Processes, whole
 from kvpleat.retrofit.measure import Lesson, moved, precision, predicted_weight
 from kvpleat.retrofit.objective import too_little
-from kvpleat.retrofit.student import Student, attention_modules
+from kvpleat.retrofit.student import Student, attention_modules, layers_of
 
 # Before anything merges, gates of weights and shares have gradients of about 1e-8, which are rounding. AdamW divides by
 # their size: with its usual eps of 1e-8 it would make real steps of them.
@@ -73,7 +73,9 @@ class Run:
         )
         self.lesson = Lesson(self.student)
         _set_modes(model, recipe.checkpointing)
-        self.processes.shard(self.lesson, (layer for m in (model, teacher) if m is not None for layer in _layers(m)))
+        self.processes.shard(
+            self.lesson, (layer for m in (model, teacher) if m is not None for layer in layers_of(describe(m).decoder))
+        )
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -211,13 +213,6 @@ def _set_modes(model: Any, checkpointing: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-
-
-def _layers(model: Any) -> list[nn.Module]:
-    """The decoder's layers."""
-    decoder = describe(model).decoder
-    inside = attention_modules(decoder)
-    return [layer for layer in decoder.modules() if any(child in inside for child in layer.children())]
 
 
 @contextmanager

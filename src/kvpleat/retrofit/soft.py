@@ -1,5 +1,7 @@
 """Attention of student and teacher, behind transformers' own AttentionInterface: soft decisions where there are any."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +29,17 @@ class SoftCall:
         noise: [L, R, H, T] logistic noise of the student's gates, zeros for hard decisions; None: no compression.
         facts: of the model.
         rule: what becomes of marked entries.
+        compiled: whether torch.compile fuses merging, as it fuses the layers around attention.
 
     Attributes:
         positions: [R, T] of each token within its document.
         marks: the student's decisions by compressed layer, filled on the way.
     """
 
-    def __init__(self, doc_start: Tensor, noise: Tensor | None, facts: ModelFacts, rule: Delay) -> None:
-        self.doc_start, self.noise, self.facts, self.rule = doc_start, noise, facts, rule
+    def __init__(
+        self, doc_start: Tensor, noise: Tensor | None, facts: ModelFacts, rule: Delay, compiled: bool = False
+    ) -> None:
+        self.doc_start, self.noise, self.facts, self.rule, self.compiled = doc_start, noise, facts, rule, compiled
         self.positions = torch.arange(doc_start.shape[1], device=doc_start.device) - doc_start
         self.marks: dict[int, SoftMarks] = {}
 
@@ -55,6 +60,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what differs between layers stays out of what they share
 def attend(
     module: Any,
     query: Tensor,
@@ -80,18 +86,19 @@ def attend(
         marks, delay = call.marks_of(module.layer_idx), rule.tokens
         keep = nn.functional.pad(marks.keep_bias[..., 1:], (0, 1))  # token t + 1 decides about t
         if rule.merges:
-            far, log_size = merged(key, value, marks, call, call.facts.rotary)
+            merge = _fused_merge() if call.compiled else merged
+            far, log_size = merge(key, value, marks, call.positions, call.facts.rotary)
             size = log_size if rule.log_size else None
     out = relaxed_attention(query, (key, value), far, keep, size, call.doc_start, delay, scale, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
 def merged(
-    key: Tensor, value: Tensor, marks: SoftMarks, call: SoftCall, rotary: Rotary | None
+    key: Tensor, value: Tensor, marks: SoftMarks, positions: Tensor, rotary: Rotary | None
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Keys and values [R, H, T, D] of the group that each token ends, and the log [R, H, T] of its size."""
     assert marks.log_carry is not None
-    positions = call.positions[:, None]
+    positions = positions[:, None]
     plain = reference.rotate(key, -positions, rotary)
     weight = torch.ones_like(marks.log_carry) if marks.weight is None else marks.weight.clamp(min=LEAST_WEIGHT)
     ones = weight[..., None]
@@ -102,6 +109,11 @@ def merged(
     means = sums[..., :-1] / sums[..., -1:]
     far_key = reference.rotate(means[..., : key.shape[-1]], positions, rotary).to(key.dtype)
     return (far_key, means[..., key.shape[-1] :].to(value.dtype)), sums[..., -1].log()
+
+
+@functools.cache
+def _fused_merge() -> Callable[..., tuple[tuple[Tensor, Tensor], Tensor]]:
+    return torch.compile(merged, dynamic=False)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -20,6 +20,10 @@ from kvpleat.retrofit import soft
 from kvpleat.retrofit.soft import SoftCall
 from kvpleat.types import Delay
 
+# The gates' hook has one key in all modules, unlike those that register_forward_pre_hook hands out: to torch.compile
+# all layers then look alike.
+HOOK = -1
+
 
 class Student(nn.Module):
     """A causal LM with gates.
@@ -30,7 +34,8 @@ class Student(nn.Module):
         policy: what the gates decide on.
         temperature: of the relaxation.
         teacher: a frozen copy, where the model's own weights are trained; None: the model with its adapters off.
-        compile: whether torch.compile fuses the decoder.
+        compile: whether torch.compile fuses what the decoder's layers do around attention. All layers share what is
+            compiled, so that it takes seconds, not minutes.
     """
 
     def __init__(
@@ -55,13 +60,29 @@ class Student(nn.Module):
             raise UnsupportedError(f"look_back={config.look_back}: groups are trained whole. Leave look_back out.")
         self.model, self.gates, self.policy, self.temperature = model, gates, policy, temperature
         self._teacher = [] if teacher is None else [teacher]  # in a list: its weights are none of the student's
-        self.compiled = compile  # False for lengths that come up once
         self._places = {layer: index for index, layer in enumerate(self.facts.layers)}
         self._rule = Delay(config.delay, policy.merges, policy.weighs, policy.log_size)
-        self._decoder = torch.compile(self.facts.decoder, dynamic=False) if compile else self.facts.decoder
-        teacher_decoder = self.facts.decoder if teacher is None else describe(teacher).decoder
-        compiled = torch.compile(teacher_decoder, dynamic=False) if compile else teacher_decoder
-        self._teacher_decoders: dict[bool, Any] = {True: compiled, False: teacher_decoder}
+        self._teacher_decoder = [self.facts.decoder if teacher is None else describe(teacher).decoder]
+        self._fused: list[tuple[Any, Any]] = []  # each layer and its call, fused
+        self.compiled = compile
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers run fused: False for lengths that come up once."""
+        return bool(self._fused)
+
+    @compiled.setter
+    def compiled(self, value: bool) -> None:
+        for layer, _ in self._fused:
+            layer._compiled_call_impl = None
+        decoders = {id(decoder): decoder for decoder in (self.facts.decoder, *self._teacher_decoder)}.values()
+        layers = [layer for decoder in decoders for layer in layers_of(decoder)] if value else []
+        self._fused = [(layer, torch.compile(layer._call_impl, dynamic=False)) for layer in layers]
+        self._fuse()
+
+    def _fuse(self) -> None:
+        for layer, call in self._fused:
+            layer._compiled_call_impl = call  # what nn.Module.compile sets
 
     @property
     def teacher(self) -> Any:
@@ -81,9 +102,8 @@ class Student(nn.Module):
 
     def forward(self, tokens: Tensor, doc_start: Tensor, noise: Tensor) -> tuple[Tensor, dict[int, SoftMarks]]:
         """Hidden states [R, T, hidden] before the head, and the decisions of each layer."""
-        call = SoftCall(doc_start, noise, self.facts, self._rule)
-        decoder = self._decoder if self.compiled else self.facts.decoder
-        out = decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+        call = SoftCall(doc_start, noise, self.facts, self._rule, self.compiled)
+        out = self.facts.decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
         if noise is not None and len(call.marks) != self.gates.config.num_layers:
             raise AttachError(
                 f"Gates of {len(call.marks)} layers out of {self.gates.config.num_layers} decided in this forward, so "
@@ -94,10 +114,9 @@ class Student(nn.Module):
     @torch.no_grad()
     def teach(self, tokens: Tensor, doc_start: Tensor) -> Tensor:
         """The teacher's hidden states [R, T, hidden]."""
-        call = SoftCall(doc_start, None, self.facts, self._rule)
+        call = SoftCall(doc_start, None, self.facts, self._rule, self.compiled)
         with nullcontext() if self._teacher else without_adapters(self.model):
-            decoder = self._teacher_decoders[self.compiled]
-            out = decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+            out = self._teacher_decoder[0](tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -117,7 +136,7 @@ class Student(nn.Module):
     def attached(self) -> Iterator["Student"]:
         """Put soft attention and hooks on student and teacher, and take them off."""
         soft.register()
-        handles: list[Any] = []
+        hooked: list[Any] = []
         models = [self.model, *self._teacher]
         before = [model.config._attn_implementation for model in models]
         try:
@@ -125,16 +144,23 @@ class Student(nn.Module):
                 model.set_attn_implementation(soft.IMPLEMENTATION)
             for module in attention_modules(self.facts.decoder):
                 if module.layer_idx in self._places:
-                    handles.append(module.register_forward_pre_hook(self._gate, with_kwargs=True))
+                    hooked.append(module)
+                    module._forward_pre_hooks[HOOK] = self._gate
+                    module._forward_pre_hooks_with_kwargs[HOOK] = True
+            self._fuse()
             yield self
         finally:
-            for handle in handles:
-                handle.remove()
+            for module in hooked:
+                module._forward_pre_hooks.pop(HOOK, None)
+                module._forward_pre_hooks_with_kwargs.pop(HOOK, None)
+            for layer, _ in self._fused:
+                layer._compiled_call_impl = None
             for model, implementation in zip(models, before, strict=True):
                 model.set_attn_implementation(implementation)
 
     # ---- inside the decoder
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before an attention module: let the gates read its input."""
         call: SoftCall = kwargs["kvpleat_soft"]
@@ -149,6 +175,12 @@ class Student(nn.Module):
 def attention_modules(decoder: nn.Module) -> list[Any]:
     """The attention modules of all layers, sliding ones too, in order."""
     return [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's layers: the modules that hold its attention modules."""
+    inside = set(attention_modules(decoder))
+    return [layer for layer in decoder.modules() if any(child in inside for child in layer.children())]
 
 
 @contextmanager
