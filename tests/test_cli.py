@@ -264,7 +264,17 @@ def test_flags_are_a_decision() -> None:
         "report": {"files", "--out", "--markdown"},
         "retrofit": {"--model", "--data", "--held-out", "--held-out-rows", "--text-field", "--out", "--json"}
         | {"--method", "--ratio", "--train", "--steps", "--tokens", "--rows", "--length", "--delay", "--rate"}
-        | {"--model-rate", "--recall-share", "--answer-weight", "--lm-weight", "--adapt", "--rank", "--mlp-size"}
+        | {
+            "--model-rate",
+            "--margin",
+            "--seconds",
+            "--recall-share",
+            "--answer-weight",
+            "--lm-weight",
+            "--adapt",
+            "--rank",
+            "--mlp-size",
+        }
         | {"--accumulate", "--checkpointing", "--compile", "--save-every", "--no-resume", "--deadline", "--seed"}
         | {"--dtype", "--device", "--trust-remote-code"},
     }
