@@ -22,6 +22,7 @@ SUM    := $(shell (echo '$(TORCH)'; cat pyproject.toml) | cksum | cut -d ' ' -f 
 STAMP  := $(VENV)/.installed-$(SUM)
 TESTS  := $(VENV)/.installed-tests-$(SUM)
 PEERS  ?= .venv-peers
+WORKERS ?= 2
 KVPRESS := kvpress==0.5.5
 
 .PHONY: demo test quick peers lint format install clean
@@ -32,7 +33,7 @@ demo: install
 		--prompt-file examples/kennedy-1961.txt --prompt '$(QUESTION)'
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 quick: install
 	$(BIN)/kvpleat eval --quick
