@@ -1,0 +1,162 @@
+"""The cache of all rows and layers on a device: pages, and the streams over them, in tensors of fixed sizes.
+
+`kernels.update` changes it without a host read. Words and names are those of `cache.paged` and `cache.delayed`; shapes:
+kvpleat.types, and M: pages that a stream may have.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpleat.errors import UnsupportedError
+from kvpleat.types import Delay, KVShape
+
+FREE = -1  # owner of a page nobody has, and what stands in a page table where no page is
+EMPTY = -1  # no token was here yet
+
+
+class Ring(NamedTuple):
+    """The last W + 1 tokens of each stream (W: the delay), and the newest groups: see `cache.delayed.DelayedState`.
+
+    slots [R, L, H, W + 1] int32, marked (bool), and where entries merge log_carry, weight (float32). In memory a row's
+    tokens of one age lie side by side. members [R, L, H, K, 2 D + 1], member_carry [R, L, H, K] float32.
+    """
+
+    slots: Tensor
+    marked: Tensor
+    log_carry: Tensor | None
+    weight: Tensor | None
+    members: Tensor | None
+    member_carry: Tensor | None
+
+
+@dataclass(frozen=True)
+class DevicePool:
+    """Pages and streams of all rows and layers, in tensors of fixed sizes: see `new_pool`.
+
+    Args:
+        shape: of the model. delay: what becomes of marked entries; None: entries leave at moments.
+        arrays: by name of `shape.arrays`: "key" and "value" [P, S, D], side arrays [P, S].
+        owner: [P] int32 row that a page belongs to, or FREE.
+        free_pages: [P] int32 of which the first free_count are the free pages; the last of them is taken first.
+        free_count: [1] int32.
+        failed: [1] int32 pages that were missing when they ran out; 0: they did not.
+        page_table: [R, L, H, M] int32. num_pages, lengths: [R, L, H] int32.
+        row_pages: [R] int32, where each row's share of the free pages lies during a change.
+        ring: where entries leave one by one.
+    """
+
+    shape: KVShape
+    delay: Delay | None
+    arrays: dict[str, Tensor]
+    owner: Tensor
+    free_pages: Tensor
+    free_count: Tensor
+    failed: Tensor
+    page_table: Tensor
+    num_pages: Tensor
+    lengths: Tensor
+    row_pages: Tensor
+    ring: Ring | None
+
+    @property
+    def key(self) -> Tensor:
+        """[P, S, D]."""
+        return self.arrays["key"]
+
+    @property
+    def value(self) -> Tensor:
+        """[P, S, D]."""
+        return self.arrays["value"]
+
+    @property
+    def log_weight(self) -> Tensor | None:
+        """[P, S] float32; None: entries have none."""
+        return self.arrays.get("log_weight")
+
+
+@torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
+def new_pool(
+    shape: KVShape, delay: Delay | None, num_rows: int, num_pages: int, max_entries: int, device: torch.device
+) -> DevicePool:
+    """An empty pool.
+
+    Args:
+        num_rows: seats (R). num_pages: pages of the pool (P). max_entries: that a stream may ever have, for M.
+
+    Raises:
+        UnsupportedError: entries of fewer bits, or of a dtype that the kernels do not know.
+    """
+    if shape.bits is not None:
+        raise UnsupportedError(
+            f"bits={shape.bits}: the kernels that update a cache on a device know entries of the model's dtype only. "
+            "Pass bits=None."
+        )
+    if shape.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise UnsupportedError(
+            f"Entries of {shape.dtype}: the kernels that update a cache on a device know bfloat16, float16 and "
+            "float32. Load the model in one of them."
+        )
+    streams = (num_rows, shape.num_layers, shape.num_kv_heads)
+    table = (*streams, -(-max_entries // shape.page_size))
+
+    def ints(*size: int, fill: int = 0) -> Tensor:
+        return torch.full(size, fill, dtype=torch.int32, device=device)
+
+    return DevicePool(
+        shape=shape,
+        delay=delay,
+        arrays={
+            name: torch.empty(num_pages, shape.page_size, *item, dtype=dtype, device=device)
+            for name, (item, dtype) in shape.arrays.items()
+        },
+        owner=ints(num_pages, fill=FREE),
+        free_pages=torch.arange(num_pages - 1, -1, -1, dtype=torch.int32, device=device),
+        free_count=ints(1, fill=num_pages),
+        failed=ints(1),
+        page_table=ints(*table, fill=FREE),
+        num_pages=ints(*streams),
+        lengths=ints(*streams),
+        row_pages=ints(num_rows),
+        ring=None if delay is None else _new_ring(shape, delay, num_rows, device),
+    )
+
+
+def _new_ring(shape: KVShape, delay: Delay, num_rows: int, device: torch.device) -> Ring:
+    streams = (shape.num_layers, shape.num_kv_heads)
+
+    def ring(fill: float, dtype: torch.dtype) -> Tensor:
+        size = num_rows, delay.tokens + 1, *streams
+        return torch.full(size, fill, dtype=dtype, device=device).permute(0, 2, 3, 1)
+
+    slots, marked = ring(EMPTY, torch.int32), ring(False, torch.bool)
+    if not delay.merges:
+        return Ring(slots, marked, None, None, None, None)
+    known = 1 if delay.look_back is None else delay.look_back - 1
+    return Ring(
+        slots,
+        marked,
+        ring(0.0, torch.float32),
+        ring(0.0, torch.float32) if delay.weighs else None,
+        torch.zeros(num_rows, *streams, known, 2 * shape.head_dim + 1, device=device),
+        torch.zeros(num_rows, *streams, 0 if delay.look_back is None else known, device=device),
+    )
+
+
+def check_integrity(pool: DevicePool) -> None:
+    """Raise AssertionError unless every page is free or owned once and all counts add up. Reads from the host."""
+    size, free = pool.shape.page_size, int(pool.free_count)
+    limit = torch.arange(pool.page_table.shape[-1], device=pool.key.device)
+    held = limit < pool.num_pages[..., None]
+    assert torch.equal(held, pool.page_table != FREE), "page table and counts differ"
+    row = torch.arange(held.shape[0], device=held.device)[:, None, None, None].expand_as(held)
+    owner = torch.full_like(pool.owner, FREE)
+    owner[pool.page_table[held].long()] = row[held].int()
+    assert torch.equal(owner, pool.owner), "the page table and the owners of pages differ"
+    assert int(held.sum()) + free == owner.numel(), "pages are lost, or some have two owners"
+    loose = pool.free_pages[:free].sort().values
+    assert torch.equal(loose, torch.nonzero(owner == FREE).flatten().int()), "the list of free pages is wrong"
+    assert bool((pool.lengths <= pool.num_pages * size).all()), "a stream is longer than its pages"
+    assert bool((pool.lengths >= 0).all()), "a stream is shorter than nothing"

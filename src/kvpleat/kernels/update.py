@@ -1,0 +1,340 @@
+"""What a decode step does to a cache that lives on a device: pages taken, tokens written, entries that leave.
+
+Nothing here reads a tensor from the host where Triton runs, so that a step can be captured in a CUDA graph. A step is:
+
+    reserve_token(pool, positions, active)      once: the pages that this step can need, of all layers together
+    step(pool, layer, ...) or append(...)       each layer: the new token goes in, what is due leaves or merges
+    evict(pool, layer, keep, active)            each layer, at moments of policies that have them
+    give_back(pool)                             once, after `evict`: pages that are no longer needed
+
+Pages are handed out by a prefix sum over the streams, in their order, so the same calls give the same pages.
+
+**Running out of pages loses nothing.** `reserve_token` takes all pages of a step or none. If there are too few it sets
+`failed`, and from then on all of the above but `give_back` do nothing until somebody clears it: not in this step, nor
+in those that were launched before the host looked. The host reads the flag one step late, frees pages (`release`),
+clears it and repeats the step; the cache is as it was before. While `free_count` is at least the number of streams no
+step can fail.
+
+This file holds the functions, and below them the torch that says what they compute; update_triton.py computes the same.
+What leaves and what merges: kvpleat.policies.learned. Shapes: kvpleat.types, and M: pages that a stream may have.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvpleat.kernels.device_pool import EMPTY, FREE, DevicePool, Ring
+from kvpleat.kernels.pooling import Newest, groups
+from kvpleat.kernels.reference import Turn
+from kvpleat.types import Delay, Marks
+
+
+def reserve_token(pool: DevicePool, positions: Tensor, active: Tensor) -> None:
+    """Take the pages that one more token of each active row can need, in all layers, or none and set `failed`.
+
+    With a delay above 0 it is known who grows, and no page more is taken. Without, the gates have not spoken yet: a
+    stream that is full gets a page, which it keeps for later if the token merges.
+
+    Args:
+        positions: [R] int32 of the new tokens. active: [R] bool, rows that have one.
+    """
+    if _on_gpu(pool):
+        from kvpleat.kernels import update_triton
+
+        update_triton.reserve_token(pool, positions, active)
+    else:
+        _take(pool, _growth(pool, positions, active))
+
+
+def reserve(pool: DevicePool, counts: Tensor) -> None:
+    """Take the pages that counts [R, L, H] int32 more entries of each stream need, or none and set `failed`."""
+    if _on_gpu(pool):
+        from kvpleat.kernels import update_triton
+
+        update_triton.reserve(pool, counts)
+    else:
+        _take(pool, counts)
+
+
+def append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Put one token of each active row behind the entries of its streams, whose pages were reserved.
+
+    Args:
+        positions: [R] int32 of the tokens. active: [R] bool. keys, values: [R, H, D], rotated.
+    """
+    if _on_gpu(pool):
+        from kvpleat.kernels import update_triton
+
+        update_triton.append(pool, layer, positions, active, keys, values)
+    else:
+        _append(pool, layer, positions, active, keys, values)
+
+
+def step(
+    pool: DevicePool,
+    layer: int,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    said: Marks | Tensor,
+    turn: Turn | None = None,
+) -> None:
+    """Take in one token of each active row where entries leave one by one: `cache.delayed.step` for all rows at once.
+
+    Args:
+        positions, active, keys, values: as in `append`.
+        said: marks [R, H] each, or what the gates put out, [outputs, R, H] float32: see `read_logits`.
+        turn: how keys are rotated at positions - W, [R, r / 2] float32 (`reference.turn`, once for all layers); None:
+            they are not, or nothing merges.
+    """
+    assert pool.ring is not None, "the pool was made without a delay"
+    if _on_gpu(pool):
+        from kvpleat.kernels import update_triton
+
+        update_triton.step(pool, layer, positions, active, keys, values, said, turn)
+    else:
+        _step(pool, layer, positions, active, keys, values, said, turn)
+
+
+def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
+    """Drop entries of one layer at a moment: the last entries move into the holes. Pages come back with `give_back`.
+
+    Args:
+        keep: [R, H, N] bool in the order of the streams; entries from number N on stay.
+        active: [R] bool, rows that are at a moment; the others stay as they are.
+    """
+    assert pool.ring is None, "entries leave one by one: the ring would not know where they went"
+    if _on_gpu(pool):
+        from kvpleat.kernels import update_triton
+
+        update_triton.evict(pool, layer, keep, active)
+    else:
+        _evict(pool, layer, keep, active)
+
+
+def give_back(pool: DevicePool) -> None:
+    """Free the pages of all streams that their entries do not reach."""
+    if _on_gpu(pool):
+        from kvpleat.kernels import update_triton
+
+        update_triton.give_back(pool)
+    else:
+        _give_back(pool)
+
+
+def release(pool: DevicePool, rows: Tensor) -> None:
+    """Empty rows [R] bool, whose seats others can have then, and free their pages."""
+    streams = rows[:, None, None]
+    pool.lengths.masked_fill_(streams, 0)
+    if pool.ring is not None:
+        pool.ring.slots.masked_fill_(streams[..., None], EMPTY)
+        pool.ring.marked.masked_fill_(streams[..., None], False)
+    give_back(pool)
+
+
+def read_logits(logits: Tensor, delay: Delay) -> Marks:
+    """What gates decide: logits [outputs, ...] float32. The same as `judge` of the policy with this delay says."""
+    if not delay.merges:
+        return Marks(logits[0] > 0)
+    if not delay.weighs:
+        return Marks(logits[0] > 0, F.logsigmoid(logits[1]))
+    return Marks(logits[0] > 0, torch.zeros_like(logits[0]), torch.sigmoid(logits[1]))
+
+
+def _on_gpu(pool: DevicePool) -> bool:
+    return pool.key.device.type == "cuda"
+
+
+# ---- what they compute
+
+
+def _growth(pool: DevicePool, positions: Tensor, active: Tensor) -> Tensor:
+    """[R, L, H] entries that one more token of each active row can add."""
+    grows = active[:, None, None].expand_as(pool.lengths)
+    if pool.ring is not None and pool.delay is not None and pool.delay.tokens:
+        oldest = _ages(pool.ring, positions)[1]
+        grows = grows & ~_at(pool.ring.marked, oldest)
+    return grows.int()
+
+
+def _take(pool: DevicePool, counts: Tensor) -> None:
+    missing = (_pages(pool, pool.lengths + counts) - pool.num_pages).clamp(min=0)
+    limit = pool.page_table.shape[-1]
+    too_long = (pool.num_pages + missing > limit).flatten(1).any(1)
+    # A stream that outgrows its line of the table asks for more than there is.
+    wanted = int(torch.where(too_long, pool.owner.numel() + 1, missing.flatten(1).sum(1)).sum())
+    free = int(pool.free_count)
+    if int(pool.failed):
+        return
+    if wanted > free:
+        pool.failed.fill_(wanted - free)
+        return
+    number = torch.arange(limit, device=missing.device) - pool.num_pages[..., None]
+    new = (number >= 0) & (number < missing[..., None])
+    pages = pool.free_pages[(free - 1 - _before(missing)[..., None] - number)[new]]
+    pool.page_table[new] = pages
+    pool.owner[pages.long()] = _rows(new)
+    pool.num_pages.add_(missing)
+    pool.free_count.sub_(wanted)
+
+
+def _give_back(pool: DevicePool) -> None:
+    extra = pool.num_pages - _pages(pool, pool.lengths)
+    number = pool.num_pages[..., None] - 1 - torch.arange(pool.page_table.shape[-1], device=extra.device)
+    old = (number >= 0) & (number < extra[..., None])
+    pages = pool.page_table[old]
+    pool.free_pages[(pool.free_count + _before(extra)[..., None] + number)[old]] = pages
+    pool.owner[pages.long()] = FREE
+    pool.page_table[old] = FREE
+    pool.num_pages.sub_(extra)
+    pool.free_count.add_(extra.sum())
+
+
+def _append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
+    rows = _acting(pool, active)
+    new = {"position": positions[rows, None], "log_weight": 0.0, "score": float("nan")}
+    slots = _slots(pool, layer, rows, pool.lengths[rows, layer])
+    _write(pool, slots, keys[rows], values[rows])
+    for name in pool.shape.fields:
+        _flat(pool.arrays[name])[slots] = new[name]  # type: ignore[assignment]  # tensor or number, both are allowed
+    pool.lengths[rows, layer] += 1
+
+
+def _step(
+    pool: DevicePool,
+    layer: int,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    said: Marks | Tensor,
+    turn: Turn | None,
+) -> None:
+    ring, delay, rows = pool.ring, pool.delay, _acting(pool, active)
+    assert ring is not None
+    assert delay is not None
+    marks = (read_logits(said, delay) if isinstance(said, Tensor) else said).each(lambda x: x[rows])
+    marks = marks._replace(marked=marks.marked & (positions[rows] > 0)[:, None])
+    keys, values = keys[rows], values[rows]
+    newest, oldest = (age[rows] for age in _ages(ring, positions))
+    due = marks  # of the token that is W tokens old now
+    if delay.tokens:
+        stored = Marks(ring.marked, ring.log_carry, ring.weight)
+        due = stored.each(lambda x: x[rows, layer, :, oldest])
+    leaving = ring.slots[rows, layer, :, newest]
+    index = torch.where(due.marked, leaving, pool.lengths[rows, layer])
+    for name, new in {"slots": index, **marks._asdict()}.items():
+        if getattr(ring, name) is not None:
+            getattr(ring, name)[rows, layer, :, newest] = new
+    pool.lengths[rows, layer] += (~due.marked).int()
+    slots = _slots(pool, layer, rows, index)
+    if delay.tokens or not delay.merges:
+        _write(pool, slots, keys, values)
+    if not delay.merges:
+        return
+    joins = torch.ones_like(due.marked)
+    if delay.tokens:
+        if delay.log_size:
+            _flat(pool.arrays["log_weight"])[slots] = 0.0
+        joined = ring.slots[rows, layer, :, oldest]
+        joins = joined != EMPTY
+        slots = _slots(pool, layer, rows, joined.clamp(min=0))
+        keys, values = _flat(pool.key)[slots], _flat(pool.value)[slots]
+    _join(pool, layer, rows, joins, slots, keys, values, due, turn)
+
+
+def _join(
+    pool: DevicePool,
+    layer: int,
+    rows: Tensor,
+    joins: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    due: Marks,
+    turn: Turn | None,
+) -> None:
+    """Each token [r, H] that `joins` says takes over what is left of the group before it."""
+    ring, delay = pool.ring, pool.delay
+    assert ring is not None
+    assert delay is not None
+    assert ring.members is not None
+    assert ring.member_carry is not None
+    assert due.log_carry is not None
+    before = Newest(ring.members[rows, layer], ring.member_carry[rows, layer])
+    if turn is not None:
+        turn = Turn(*(x[rows, None, None] for x in turn))
+    carry = torch.where(due.marked, due.log_carry, -torch.inf)[..., None]
+    weight = None if due.weight is None else due.weight[..., None]
+    tokens = keys[..., None, :], values[..., None, :]
+    new_keys, new_values, log_size, after = groups(*tokens, turn, carry, weight, before, delay.look_back)
+    changed = due.marked[..., None] & joins[..., None]
+    keys = torch.where(changed, new_keys[..., 0, :].to(keys.dtype), keys)
+    values = torch.where(changed, new_values[..., 0, :].to(values.dtype), values)
+    _write(pool, slots[joins], keys[joins], values[joins])
+    if delay.log_size:
+        _flat(pool.arrays["log_weight"])[slots[joins]] = log_size[..., 0][joins]
+    ring.members[rows, layer] = torch.where(joins[..., None, None], after.members, before.members)
+    ring.member_carry[rows, layer] = torch.where(joins[..., None], after.log_carry, before.log_carry)
+
+
+def _evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
+    rows = _acting(pool, active)
+    lengths, size = pool.lengths[rows, layer], pool.shape.page_size
+    index = torch.arange(pool.page_table.shape[-1] * size, device=keep.device).expand(*lengths.shape, -1)
+    live = index < lengths[..., None]
+    stays = live & F.pad(keep[rows], (0, index.shape[-1] - keep.shape[-1]), value=True)
+    counts = stays.sum(-1, dtype=torch.int32)
+    hole = live & ~stays & (index < counts[..., None])
+    last = stays & (index >= counts[..., None])  # as many as there are holes, in every stream
+    slots = pool.page_table[rows, layer].long().repeat_interleave(size, -1) * size + index % size
+    for array in pool.arrays.values():
+        _flat(array)[slots[hole]] = _flat(array)[slots[last]]
+    pool.lengths[rows, layer] = counts
+
+
+def _acting(pool: DevicePool, active: Tensor) -> Tensor:
+    """[r] rows that something happens to."""
+    return torch.nonzero(active & (pool.failed == 0)).flatten()
+
+
+def _ages(ring: Ring, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """[R] each: where in the ring new tokens go, and where those W tokens before them stand."""
+    size = ring.slots.shape[-1]
+    return positions.long() % size, (positions.long() + 1) % size
+
+
+def _at(tensor: Tensor, index: Tensor) -> Tensor:
+    """[R, L, H] of a ring's tensor, at one place [R] of each row."""
+    return tensor.gather(-1, index[:, None, None, None].expand(*tensor.shape[:3], 1))[..., 0]
+
+
+def _slots(pool: DevicePool, layer: int, rows: Tensor, index: Tensor) -> Tensor:
+    """[r, H] the pool's slots of entries number `index` of their streams."""
+    size = pool.shape.page_size
+    pages = pool.page_table[rows, layer].gather(-1, index.long()[..., None] // size)[..., 0]
+    return pages.long() * size + index % size
+
+
+def _write(pool: DevicePool, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    _flat(pool.key)[slots], _flat(pool.value)[slots] = keys, values
+
+
+def _flat(array: Tensor) -> Tensor:
+    """[P * S, ...] one array, entry by entry."""
+    return array.view(-1, *array.shape[2:])
+
+
+def _pages(pool: DevicePool, lengths: Tensor) -> Tensor:
+    return -(-lengths // pool.shape.page_size)
+
+
+def _before(counts: Tensor) -> Tensor:
+    """[R, L, H] how many the streams before each one have together."""
+    return counts.flatten().cumsum(0).view_as(counts) - counts
+
+
+def _rows(mask: Tensor) -> Tensor:
+    """The row of each place that `mask` [R, ...] is set at, int32."""
+    return torch.nonzero(mask)[:, 0].int()

@@ -1,0 +1,374 @@
+"""The Triton kernels of `update_triton`: what one program computes.
+
+A state that a program reads and then changes (a length, a place in the ring) may be read by several warps of it, so a
+barrier stands between its last read and its first change. Programs change different streams, and no program reads what
+another one changes in the same launch: the order of programs is of no consequence, and there are no atomics.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+TOKEN, COUNTS, GIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which pages change hands, and why
+EMPTY, FREE = tl.constexpr(-1), tl.constexpr(-1)  # as in device_pool.py
+LEAST_WEIGHT = tl.constexpr(1e-20)  # as in pooling.py
+MOST = tl.constexpr(2**31 - 1)
+
+# ---- pages
+
+
+@triton.jit
+def _change(lengths, num_pages, marked, counts, positions, active, row, stream, streams,
+            RING: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+    """How many pages streams of a row take or give back, and how many they have."""
+    inside = stream < streams
+    at = row * streams + stream
+    length = tl.load(lengths + at, mask=inside, other=0)
+    have = tl.load(num_pages + at, mask=inside, other=0)
+    if MODE == GIVE:
+        more = 0 * length
+    elif MODE == COUNTS:
+        more = tl.load(counts + at, mask=inside, other=0)
+    else:
+        more = tl.where(inside, tl.load(active + row).to(tl.int32), 0)
+        if RING > 1:  # what is due now was marked earlier
+            oldest = (tl.load(positions + row) + 1) % RING
+            due = tl.load(marked + (row * RING + oldest) * streams + stream, mask=inside, other=0)
+            more = tl.where(due != 0, 0, more)
+    missing = (length + more + S - 1) // S - have
+    return tl.maximum(-missing if MODE == GIVE else missing, 0), have
+
+
+@triton.jit
+def count(lengths, num_pages, marked, counts, positions, active, row_pages, streams, M, P,
+          RING: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Pages that each row takes or gives back."""
+    row = tl.program_id(0).to(tl.int64)
+    total, longest = 0, 0
+    for start in range(0, streams, BLOCK):
+        stream = start + tl.arange(0, BLOCK)
+        change, have = _change(
+            lengths, num_pages, marked, counts, positions, active, row, stream, streams, RING, S, MODE
+        )
+        total += tl.sum(change)
+        longest = tl.maximum(longest, tl.max(have + change))
+    if MODE != GIVE:  # a stream that outgrows its line of the table asks for more than there is
+        total = tl.where(longest > M, P + 1, total)
+    tl.store(row_pages + row, total)
+
+
+@triton.jit
+def share(row_pages, free_count, failed, R, ROWS: tl.constexpr, MODE: tl.constexpr):
+    """Where each row's share of the free pages lies: below it those to take, above it the room for those given back."""
+    rows = tl.arange(0, ROWS)
+    pages = tl.load(row_pages + rows, mask=rows < R, other=0).to(tl.int64)
+    free, short = tl.load(free_count), tl.load(failed)
+    before, total = tl.cumsum(pages, 0) - pages, tl.sum(pages)
+    tl.debug_barrier()
+    if MODE == GIVE:
+        tl.store(row_pages + rows, (free + before).to(tl.int32), mask=rows < R)
+        tl.store(free_count, (free + total).to(tl.int32))
+    else:
+        missing = tl.minimum(tl.maximum(total - free, 0), MOST).to(tl.int32)
+        short = tl.where(short != 0, short, missing)
+        tl.store(failed, short)
+        tl.store(row_pages + rows, (free - before).to(tl.int32), mask=rows < R)
+        tl.store(free_count, tl.where(short != 0, free, free - total).to(tl.int32))
+
+
+@triton.jit
+def settle(lengths, num_pages, marked, counts, positions, active, row_pages, free_pages, page_table, owner, failed,
+           streams, M, RING: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
+           J: tl.constexpr):  # fmt: skip
+    """The pages of each row change hands, J of each stream at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    base = tl.load(row_pages + row)
+    going = 1 if MODE == GIVE else (tl.load(failed) == 0).to(tl.int32)
+    for start in range(0, streams, BLOCK):
+        stream = start + tl.arange(0, BLOCK)
+        change, have = _change(
+            lengths, num_pages, marked, counts, positions, active, row, stream, streams, RING, S, MODE
+        )
+        change *= going
+        before = tl.cumsum(change, 0) - change
+        line = page_table + (row * streams + stream)[:, None] * M
+        for first in range(0, tl.max(change), J):
+            number = first + tl.arange(0, J)[None, :]
+            mask = number < change[:, None]
+            if MODE == GIVE:
+                at = line + have[:, None] - 1 - number
+                page = tl.load(at, mask=mask, other=0)
+                tl.debug_barrier()
+                tl.store(free_pages + base + before[:, None] + number, page, mask=mask)
+                tl.store(at, tl.full(page.shape, FREE, tl.int32), mask=mask)
+                tl.store(owner + page, tl.full(page.shape, FREE, tl.int32), mask=mask)
+            else:
+                page = tl.load(free_pages + base - 1 - before[:, None] - number, mask=mask, other=0)
+                tl.store(line + have[:, None] + number, page, mask=mask)
+                tl.store(owner + page, 0 * page + row.to(tl.int32), mask=mask)
+        total = tl.sum(change)
+        tl.debug_barrier()
+        if MODE == GIVE:
+            tl.store(num_pages + row * streams + stream, have - change, mask=stream < streams)
+            base += total
+        else:
+            tl.store(num_pages + row * streams + stream, have + change, mask=stream < streams)
+            base -= total
+
+
+# ---- one token of every row
+
+
+@triton.jit
+def _streams(active, failed, R, H: tl.constexpr, B: tl.constexpr):
+    """B streams of a layer: their rows, heads, and whether they take in a token."""
+    stream = tl.program_id(0) * B + tl.arange(0, B)
+    row, on = stream // H, stream < R * H
+    on = on & (tl.load(active + row, mask=on, other=0) != 0)
+    on = on & (tl.load(failed + 0 * row, mask=on, other=1) == 0)
+    return row.to(tl.int64), stream % H, on
+
+
+@triton.jit
+def _slot(page_table, failed, at, index, on, M, S: tl.constexpr):
+    """Slots in the pool of entries number `index` of streams, and where there is one. No page at all means that none
+    was reserved: nothing is written then, and `failed` is set."""
+    page = tl.load(page_table + at * M + index // S, mask=on & (index < M * S), other=FREE)
+    tl.store(failed + 0 * page, tl.full(page.shape, 1, tl.int32), mask=on & (page == FREE))
+    return page.to(tl.int64) * S + index % S, on & (page != FREE)
+
+
+@triton.jit
+def _copy(source, target, from_, to, on, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Vectors of D channels: from_, to [B] where they begin."""
+    channels = tl.arange(0, CHANNELS)[None, :]
+    mask = on[:, None] & (channels < D)
+    tl.store(target + to[:, None] + channels, tl.load(source + from_[:, None] + channels, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def append(key, value, position, log_weight, score, page_table, lengths, failed, new_key, new_value, positions, active,
+           layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+           CHANNELS: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    row, head, on = _streams(active, failed, R, H, B)
+    at = (row * L + layer) * H + head
+    length = tl.load(lengths + at, mask=on, other=0)
+    slot, on = _slot(page_table, failed, at, length, on, M, S)
+    tl.debug_barrier()
+    tl.store(lengths + at, length + 1, mask=on)
+    _copy(new_key, key, row * key_row + head * key_head, slot * D, on, D, CHANNELS)
+    _copy(new_value, value, row * value_row + head * value_head, slot * D, on, D, CHANNELS)
+    if position is not None:
+        tl.store(position + slot, tl.load(positions + row, mask=on, other=0), mask=on)
+    if log_weight is not None:
+        tl.store(log_weight + slot, tl.zeros([B], tl.float32), mask=on)
+    if score is not None:
+        tl.store(score + slot, tl.full([B], float("nan"), tl.float32), mask=on)
+
+
+@triton.jit
+def _read(said, said_carry, said_weight, at, number, on, MERGES: tl.constexpr, WEIGHS: tl.constexpr,
+          LOGITS: tl.constexpr):  # fmt: skip
+    """What was decided about new tokens (marked, log_carry, weight): marks, or logits [outputs, number]."""
+    log_carry, weight = tl.zeros(at.shape, tl.float32), tl.full(at.shape, 1.0, tl.float32)
+    marked = tl.load(said + at, mask=on, other=0) > 0
+    if MERGES:
+        if LOGITS:
+            logit = tl.load(said + number + at, mask=on, other=0.0)
+            if WEIGHS:
+                weight = 1.0 / (1.0 + tl.exp(-logit))
+            else:
+                log_carry = tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))
+        else:
+            log_carry = tl.load(said_carry + at, mask=on, other=0.0)
+            if WEIGHS:
+                weight = tl.load(said_weight + at, mask=on, other=0.0)
+    return marked, log_carry, weight
+
+
+@triton.jit(do_not_specialize=["layer"])
+def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log_carry, weight, members, member_carry,
+         new_key, new_value, cos, sin, said, said_carry, said_weight, positions, active,
+         layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+         CHANNELS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, RING: tl.constexpr,
+         KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr, LOGITS: tl.constexpr,
+         B: tl.constexpr):  # fmt: skip
+    row, head, on = _streams(active, failed, R, H, B)
+    at = (row * L + layer) * H + head
+    now = tl.load(positions + row, mask=on, other=0)
+    newest = ((row * RING + now % RING) * L + layer) * H + head
+    oldest = ((row * RING + (now + 1) % RING) * L + layer) * H + head
+    mark, carry, share = _read(said, said_carry, said_weight, row * H + head, R * H, on, MERGES, WEIGHS, LOGITS)
+    mark = mark & (now > 0)
+    due, due_carry, due_weight = mark, carry, share  # of the token that is W tokens old now
+    if RING > 1:
+        due = tl.load(marked + oldest, mask=on, other=0) != 0
+        if MERGES:
+            due_carry = tl.load(log_carry + oldest, mask=on, other=0.0)
+        if WEIGHS:
+            due_weight = tl.load(weight + oldest, mask=on, other=0.0)
+    length = tl.load(lengths + at, mask=on, other=0)
+    index = tl.where(due, tl.load(slots + newest, mask=on, other=0), length)
+    slot, on = _slot(page_table, failed, at, index, on, M, S)
+    tl.debug_barrier()
+    tl.store(lengths + at, length + tl.where(due, 0, 1), mask=on)
+    tl.store(slots + newest, index, mask=on)
+    tl.store(marked + newest, mark.to(tl.uint8), mask=on)
+    if MERGES:
+        tl.store(log_carry + newest, carry, mask=on)
+    if WEIGHS:
+        tl.store(weight + newest, share, mask=on)
+    from_key, from_value = row * key_row + head * key_head, row * value_row + head * value_head
+    if RING > 1 or not MERGES:
+        _copy(new_key, key, from_key, slot * D, on, D, CHANNELS)
+        _copy(new_value, value, from_value, slot * D, on, D, CHANNELS)
+    if MERGES:
+        keys, values = new_key, new_value
+        if RING > 1:
+            if log_weight is not None:
+                tl.store(log_weight + slot, tl.zeros([B], tl.float32), mask=on)
+            old = tl.load(slots + oldest, mask=on, other=EMPTY)
+            on = on & (old != EMPTY)
+            slot, on = _slot(page_table, failed, at, tl.maximum(old, 0), on, M, S)
+            keys, values, from_key, from_value = key, value, slot * D, slot * D
+        _merge(key, value, log_weight, members, member_carry, keys, values, from_key, from_value, slot * D,
+               slot, cos + row * HALF, sin + row * HALF, at, due, due_carry, due_weight, on,
+               D, CHANNELS, HALF, PAIRS, REST, KNOWN, SUMS, WEIGHS, RING == 1, B)  # fmt: skip
+
+
+@triton.jit
+def _merge(key, value, log_weight, members, member_carry, keys, values, from_key, from_value, to, slot, cos, sin, at,
+           due, log_carry, weight, on, D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr,
+           PAIRS: tl.constexpr, REST: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, WEIGHS: tl.constexpr,
+           ALL: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """Tokens [B] take over what is left of the groups before them, where `due`. They are read at from_key of `keys` and
+    from_value of `values` and go to `to` of the pool; ALL: also those that nothing joins."""
+    carry = tl.where(due, tl.exp(log_carry), 0.0)[:, None]
+    weight = (tl.maximum(weight, LEAST_WEIGHT) if WEIGHS else tl.full([B], 1.0, tl.float32))[:, None]
+    sums, carries = members + at[:, None] * (KNOWN * (2 * D + 1)), member_carry + at[:, None] * KNOWN
+    taking, due, written = on[:, None], due[:, None], (on if ALL else on & due)[:, None]
+    size = _joined(weight, sums, carries, 2 * D, taking, carry, D, KNOWN, SUMS)
+    if log_weight is not None:
+        tl.store(log_weight + slot[:, None], tl.log(size), mask=taking)
+    from_key, from_value, to = from_key[:, None], from_value[:, None], to[:, None]
+    channels = tl.arange(0, CHANNELS)[None, :]
+    if HALF > 0:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = taking & (pair < HALF)
+        c, s = tl.load(cos[:, None] + pair, mask=mask, other=1.0), tl.load(sin[:, None] + pair, mask=mask, other=0.0)
+        first = tl.load(keys + from_key + pair, mask=mask, other=0.0)
+        second = tl.load(keys + from_key + HALF + pair, mask=mask, other=0.0)
+        x, y = first.to(tl.float32), second.to(tl.float32)
+        x, y = (x * c + y * s) * weight, (y * c - x * s) * weight
+        x = _joined(x, sums, carries, pair, mask, carry, D, KNOWN, SUMS) / size
+        y = _joined(y, sums, carries, HALF + pair, mask, carry, D, KNOWN, SUMS) / size
+        kind, mask = key.dtype.element_ty, written & (pair < HALF)
+        tl.store(key + to + pair, tl.where(due, (x * c - y * s).to(kind), first), mask=mask)
+        tl.store(key + to + HALF + pair, tl.where(due, (y * c + x * s).to(kind), second), mask=mask)
+    if D > 2 * HALF:  # channels that are not rotated
+        rest = 2 * HALF + tl.arange(0, REST)[None, :]
+        _merge_plain(key, keys, from_key, to, rest, rest, sums, carries, taking, written, due, carry, weight, size, D,
+                     KNOWN, SUMS)  # fmt: skip
+    _merge_plain(value, values, from_value, to, channels, D + channels, sums, carries, taking, written, due, carry,
+                 weight, size, D, KNOWN, SUMS)  # fmt: skip
+    if not SUMS:
+        tl.debug_barrier()
+        newer = tl.where(due, log_carry[:, None], float("-inf"))
+        for back in tl.static_range(KNOWN):
+            place = carries + (KNOWN - 1 - back)
+            old = tl.load(place, mask=taking, other=0.0)
+            tl.debug_barrier()
+            tl.store(place, newer, mask=taking)
+            newer = old
+
+
+@triton.jit
+def _merge_plain(target, source, from_, to, channels, places, sums, carries, taking, written, due, carry, weight, size,
+                 D: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
+    """Channels that are not rotated: they and those of the sums, [1, n] each."""
+    inside = channels < D
+    raw = tl.load(source + from_ + channels, mask=taking & inside, other=0.0)
+    x = raw.to(tl.float32) * weight
+    x = _joined(x, sums, carries, places, taking & inside, carry, D, KNOWN, SUMS) / size
+    tl.store(target + to + channels, tl.where(due, x.to(raw.dtype), raw), mask=written & inside)
+
+
+@triton.jit
+def _joined(x, sums, carries, places, mask, share, D: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):
+    """x [B, n] and what is left of the members of its group; these, or their sum, are brought up to date.
+
+    sums, carries: [B, 1] where the members of streams and their shares begin. places: of the n channels in a sum.
+    """
+    total, newer = x, x
+    tl.debug_barrier()  # all warps have read x before the caller writes over it
+    for back in tl.static_range(KNOWN):
+        at = sums + ((KNOWN - 1 - back) * (2 * D + 1) + places)
+        old = tl.load(at, mask=(mask & (share > 0)) if SUMS else mask, other=0.0)
+        tl.debug_barrier()
+        total += tl.where(share > 0, share * old, 0.0)
+        tl.store(at, total if SUMS else newer, mask=mask)
+        if not SUMS:
+            newer = old
+            share *= tl.exp(tl.load(carries + (KNOWN - 1 - back), mask=mask, other=0.0))
+    return total
+
+
+# ---- moments
+
+
+@triton.jit(do_not_specialize=["layer"])
+def plan(keep, active, failed, lengths, moves, counts, layer, L, H, N, ROOM, BLOCK: tl.constexpr):
+    """What moves in one stream so that it has no holes: moves [R, H, 2, ROOM], into holes and from the end."""
+    stream = tl.program_id(0).to(tl.int64)
+    row, head = stream // H, stream % H
+    at = (row * L + layer) * H + head
+    tl.store(counts + stream, 0)
+    if (tl.load(active + row) == 0) | (tl.load(failed) != 0):
+        return
+    length = tl.load(lengths + at)
+    count = 0
+    for start in range(0, length, BLOCK):
+        count += tl.sum(_stays(keep + stream * N, start, length, N, BLOCK).to(tl.int32))
+    holes, last = 0, 0
+    for start in range(0, length, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        stays = _stays(keep + stream * N, start, length, N, BLOCK)
+        hole = ((stays == 0) & (index < count)).to(tl.int32)
+        moved = (stays & (index >= count)).to(tl.int32)
+        to = moves + stream * 2 * ROOM
+        tl.store(to + holes + tl.cumsum(hole, 0) - 1, index, mask=hole != 0)
+        tl.store(to + ROOM + last + tl.cumsum(moved, 0) - 1, index, mask=moved != 0)
+        holes += tl.sum(hole)
+        last += tl.sum(moved)
+    tl.debug_barrier()
+    tl.store(lengths + at, count)
+    tl.store(counts + stream, holes)
+
+
+@triton.jit
+def _stays(keep, start, length, N, BLOCK: tl.constexpr):
+    index = start + tl.arange(0, BLOCK)
+    return (tl.load(keep + index, mask=index < tl.minimum(N, length), other=1) != 0) & (index < length)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def move(key, value, position, log_weight, score, page_table, failed, moves, counts, layer, L, H, M, ROOM,
+         S: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """The last entries of one stream go where `plan` wants them, B at a time."""
+    stream = tl.program_id(0).to(tl.int64)
+    at = (stream // H * L + layer) * H + stream % H
+    count = tl.load(counts + stream)
+    for start in range(tl.program_id(1) * B, count, tl.num_programs(1) * B):
+        number = start + tl.arange(0, B)
+        on = number < count
+        place = moves + stream * 2 * ROOM + number
+        to, on = _slot(page_table, failed, at, tl.load(place, mask=on, other=0), on, M, S)
+        from_, on = _slot(page_table, failed, at, tl.load(place + ROOM, mask=on, other=0), on, M, S)
+        _copy(key, key, from_ * D, to * D, on, D, CHANNELS)
+        _copy(value, value, from_ * D, to * D, on, D, CHANNELS)
+        if position is not None:
+            tl.store(position + to, tl.load(position + from_, mask=on, other=0), mask=on)
+        if log_weight is not None:
+            tl.store(log_weight + to, tl.load(log_weight + from_, mask=on, other=0.0), mask=on)
+        if score is not None:
+            tl.store(score + to, tl.load(score + from_, mask=on, other=0.0), mask=on)

@@ -1,0 +1,137 @@
+"""`kernels.update` in Triton: what is launched. The kernels are in update_kernels_triton.py.
+
+Every launch follows from sizes alone, so that a CUDA graph can hold it. Tensors of a pool are laid out as `new_pool`
+made them; keys and values of new tokens may be views with any strides over rows and heads.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kvpleat.kernels import update_kernels_triton as kernels
+from kvpleat.kernels.device_pool import DevicePool
+from kvpleat.kernels.reference import Turn
+from kvpleat.types import Marks
+
+STREAMS = 4  # that one program takes a token into
+WARPS = 1  # of such a program: a vector of 128 channels is half a warp's load
+PLANNED = 1024  # entries that one program looks at, at a time
+MOVED = 16  # entries that one program moves at a time
+MOVERS = 4  # programs that move entries of one stream
+
+
+def reserve_token(pool: DevicePool, positions: Tensor, active: Tensor) -> None:
+    """`update.reserve_token`; arguments as there."""
+    _change_pages(pool, kernels.TOKEN, None, positions, _bytes(active))
+
+
+def reserve(pool: DevicePool, counts: Tensor) -> None:
+    """`update.reserve`; arguments as there."""
+    _change_pages(pool, kernels.COUNTS, counts.contiguous(), None, None)
+
+
+def give_back(pool: DevicePool) -> None:
+    """`update.give_back`; arguments as there."""
+    _change_pages(pool, kernels.GIVE, None, None, None)
+
+
+def append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
+    """`update.append`; arguments as there."""
+    rows, layers, heads, limit = pool.page_table.shape
+    keys, values = _readable(keys), _readable(values)
+    kernels.append[(triton.cdiv(rows * heads, STREAMS),)](
+        *_arrays(pool), pool.page_table, pool.lengths, pool.failed, keys, values, positions, _bytes(active), layer,
+        rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads, **_channels(pool), B=STREAMS,
+        num_warps=WARPS)  # fmt: skip
+
+
+def step(
+    pool: DevicePool,
+    layer: int,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    said: Marks | Tensor,
+    turn: Turn | None,
+) -> None:
+    """`update.step`; arguments as there."""
+    ring, delay = pool.ring, pool.delay
+    assert ring is not None
+    assert delay is not None
+    rows, layers, heads, limit = pool.page_table.shape
+    keys, values = _readable(keys), _readable(values)
+    logits = isinstance(said, Tensor)
+    told = (said.contiguous(), None, None) if isinstance(said, Tensor) else _contiguous(_bytes(said.marked), *said[1:])
+    cos, sin = (keys, keys) if turn is None else _contiguous(*turn)  # a pointer that nobody follows, if there is none
+    half = 0 if turn is None else cos.shape[-1]
+    rest = pool.shape.head_dim - 2 * half
+    kernels.step[(triton.cdiv(rows * heads, STREAMS),)](
+        pool.key, pool.value, pool.arrays["log_weight"] if delay.log_size else None, pool.page_table, pool.lengths,
+        pool.failed, ring.slots, _bytes(ring.marked), *ring[2:], keys, values, cos, sin, *told, positions,
+        _bytes(active), layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads,
+        **_channels(pool), HALF=half, PAIRS=triton.next_power_of_2(half), REST=triton.next_power_of_2(rest),
+        RING=delay.tokens + 1, KNOWN=0 if ring.members is None else ring.members.shape[-2],
+        SUMS=delay.look_back is None, MERGES=delay.merges, WEIGHS=delay.weighs, LOGITS=logits, B=STREAMS,
+        num_warps=WARPS)  # fmt: skip
+
+
+def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
+    """`update.evict`; arguments as there."""
+    rows, layers, heads, limit = pool.page_table.shape
+    keep = _bytes(keep.contiguous())
+    room = (limit * pool.shape.page_size + 1) // 2  # no more entries can move
+    moves = torch.empty(rows, heads, 2, room, dtype=torch.int32, device=keep.device)
+    counts = torch.empty(rows, heads, dtype=torch.int32, device=keep.device)
+    kernels.plan[(rows * heads,)](
+        keep, _bytes(active), pool.failed, pool.lengths, moves, counts, layer, layers, heads, keep.shape[-1], room,
+        BLOCK=PLANNED)  # fmt: skip
+    kernels.move[rows * heads, MOVERS](
+        *_arrays(pool), pool.page_table, pool.failed, moves, counts, layer, layers, heads, limit, room,
+        **_channels(pool), B=MOVED)  # fmt: skip
+
+
+def _change_pages(
+    pool: DevicePool, mode: Any, counts: Tensor | None, positions: Tensor | None, active: Tensor | None
+) -> None:
+    """Three launches: what each row takes or gives back, where its share of the free pages lies, and the exchange."""
+    rows, layers, heads, limit = pool.page_table.shape
+    streams = layers * heads
+    block = min(1024, triton.next_power_of_2(streams))
+    known = pool.ring is not None
+    marked = _bytes(pool.ring.marked) if pool.ring is not None else None
+    ring = pool.delay.tokens + 1 if known and pool.delay is not None else 1
+    looked_at = (pool.lengths, pool.num_pages, marked, counts, positions, active, pool.row_pages)
+    options = {"RING": ring, "S": pool.shape.page_size, "MODE": mode, "BLOCK": block}
+    kernels.count[(rows,)](*looked_at, streams, limit, pool.owner.numel(), **options)
+    kernels.share[(1,)](
+        pool.row_pages, pool.free_count, pool.failed, rows, ROWS=triton.next_power_of_2(rows), MODE=mode)  # fmt: skip
+    kernels.settle[(rows,)](
+        *looked_at, pool.free_pages, pool.page_table, pool.owner, pool.failed, streams, limit, **options,
+        J=1 if mode is kernels.TOKEN else 16)  # fmt: skip
+
+
+def _arrays(pool: DevicePool) -> tuple[Tensor | None, ...]:
+    """Key, value, position, log_weight and score."""
+    return tuple(pool.arrays.get(name) for name in ("key", "value", "position", "log_weight", "score"))
+
+
+def _channels(pool: DevicePool) -> dict[str, int]:
+    size = pool.shape.head_dim
+    return {"S": pool.shape.page_size, "D": size, "CHANNELS": triton.next_power_of_2(size)}
+
+
+def _bytes(flags: Tensor) -> Tensor:
+    """The same bools, as kernels read them."""
+    return flags.view(torch.uint8)
+
+
+def _contiguous(*tensors: Tensor | None) -> Any:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _readable(x: Tensor) -> Tensor:
+    """[R, H, D] with the channels of a vector side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
