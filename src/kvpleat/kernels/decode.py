@@ -1,0 +1,236 @@
+"""Attention of one token a row over entries in pages: every stream has its own pages and its own length.
+
+On a GPU a Triton kernel (decode_triton.py), elsewhere the specification in this file. Streams differ much in length, so
+the work of a layer is planned: all pages of all its streams are dealt out in equal shares. A plan is made on the device
+from lengths that need not be exact, so one for all layers at the start of a step is enough: it costs one launch, where
+planning in every layer would put one more launch in front of each attention. Nothing here reads a tensor on the host,
+so all of it can be captured in a CUDA graph.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpleat.errors import OptionError
+from kvpleat.kernels import reference
+
+SHARE = 8
+
+
+class Launch(NamedTuple):
+    """How the kernel is launched.
+
+    Args:
+        tile: entries that a program reads at a time, a multiple of the page size, at least 16.
+        warps: of a program.
+        stages: tiles of a program that are computed or under way (Triton's num_stages).
+        programs: for each multiprocessor. All of them should fit at a time, or the last ones start late.
+    """
+
+    tile: int
+    warps: int
+    stages: int
+    programs: int
+
+
+class Work(NamedTuple):
+    """Who reads what: room made by `room`, filled by `plan`. With L in front for all layers, without for one.
+
+    Args:
+        launch: of the kernel that reads it.
+        page_size: entries of a page (S).
+        starts: [L, Z + 1] int32 pages of all streams before each of the Z = R * H of a layer, and of all of them.
+        tiles: [L, Z + 1] int32 tiles before each stream; only `plan` reads it.
+        shares: [L, programs, 8] int32, what each program of the grid reads: the stream its pages begin in, where that
+            stream begins and stops, its first page and the one after its last, its tiles, pages of the layer, nothing.
+        arrivals: [L, Z] int32 parts of each stream that are written; zeros before and after every call.
+    """
+
+    launch: Launch
+    page_size: int
+    starts: Tensor
+    tiles: Tensor
+    shares: Tensor
+    arrivals: Tensor
+
+    def layer(self, index: int) -> "Work":
+        """The same for one layer."""
+        return Work(self.launch, self.page_size, *(x[index] for x in self[2:]))
+
+
+def launch_for(head_dim: int, dtype: torch.dtype, page_size: int) -> Launch:
+    """How the kernel is launched: as many entries as make tiles of 16 KiB of keys, two programs a multiprocessor."""
+    row = max(16, 1 << (head_dim - 1).bit_length()) * dtype.itemsize  # bytes of a key in the kernel
+    if dtype.itemsize > 2:  # without tensor cores, what is multiplied is held in registers
+        return Launch(max(page_size, 16), 4, 3, 2)
+    return Launch(max(page_size, min(128, 2**14 // row)), 4, 3, 2)
+
+
+def room(
+    lengths: Tensor,
+    head_dim: int,
+    dtype: torch.dtype,
+    page_size: int,
+    launch: Launch | None = None,
+    programs: int | None = None,
+) -> Work:
+    """Room for the work of all layers, for as many rows as `lengths` [R, L, H] has; made once, filled by `plan`.
+
+    Args:
+        head_dim, dtype: of the entries.
+        page_size: entries of a page (S).
+        launch: None: the one measured to be fast, `launch_for`.
+        programs: of the grid; None: `launch.programs` for every multiprocessor.
+
+    Raises:
+        OptionError: a tile does not consist of whole pages.
+    """
+    launch = launch or launch_for(head_dim, dtype, page_size)
+    if launch.tile % page_size or launch.tile < 16 or launch.tile & (launch.tile - 1):
+        raise OptionError(
+            f"A tile of {launch.tile} entries over pages of {page_size}: programs read whole pages, and a power of two "
+            "of entries from 16 on. Pass 32, 64 or 128."
+        )
+    rows, layers, heads = lengths.shape
+    if programs is None:
+        on_gpu = lengths.device.type == "cuda"
+        programs = launch.programs * (
+            torch.cuda.get_device_properties(lengths.device).multi_processor_count if on_gpu else 1
+        )
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.zeros(layers, *shape, dtype=torch.int32, device=lengths.device)
+
+    starts, tiles = numbers(rows * heads + 1), numbers(rows * heads + 1)
+    return Work(launch, page_size, starts, tiles, numbers(programs, SHARE), numbers(rows * heads))
+
+
+def plan(work: Work, lengths: Tensor, active: Tensor | None = None, ahead: int = 1) -> None:
+    """Deal out the pages of all layers, in one launch.
+
+    Args:
+        work: of `room`, all layers; filled in place.
+        lengths: [R, L, H] int32 entries of each stream, any strides.
+        active: [R] bool, rows that have a token; the others' entries are not read. None: all.
+        ahead: entries that each stream may grow by before the next plan. `attend` takes any lengths up to lengths +
+            ahead rounded up to pages; a longer stream gives NaN and is not cut short. Shorter ones cost balance only.
+
+    On a CPU nothing is done: the specification needs no plan.
+    """
+    if lengths.device.type == "cuda":
+        plan_on_gpu(work, lengths, active, ahead)
+
+
+def plan_on_gpu(work: Work, lengths: Tensor, active: Tensor | None = None, ahead: int = 1) -> None:
+    """`plan` by the Triton kernel, whatever the device (Triton's interpreter runs it on a CPU)."""
+    from kvpleat.kernels import decode_triton
+
+    tile = work.launch.tile
+    decode_triton.plan(lengths, active, work.starts, work.tiles, work.shares, work.page_size, tile, ahead)
+
+
+def attend(
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    work: Work,
+    scale: float,
+    log_weight: Tensor | None = None,
+    softcap: float | None = None,
+    mass: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Attention of one token a row over the entries of one layer.
+
+    Args:
+        q: [R, Q, D] queries, rotated, channels side by side.
+        key_pages, value_pages: [P, S, D], contiguous. What lies beyond a stream's length is not read and may be NaN.
+        page_table: [R, H, M] int32 pages of each stream, at most M, any strides but 1 for the last.
+        lengths: [R, H] int32 entries of each stream, any strides; they fill its pages without holes.
+        work: of this layer (`Work.layer`), planned.
+        scale: factor on q.k.
+        log_weight: [P, S] float32 added to the logits after the soft cap, or None. An entry of -inf gets nothing, but
+            its key and value must be numbers.
+        softcap: c of c * tanh(logit / c), or None.
+        mass: [P, S] float32 to write to what each entry received, summed over the queries of its group; other places
+            are left as they are. None: not wanted. Wanted, keys are read a second time.
+        active: [R] bool, as `plan` was given it: the other rows' results are zeros. None: all rows.
+
+    Returns:
+        [R, Q, D] in q's dtype; zeros where a stream has no entries.
+
+    Raises:
+        OptionError: `work` is of other streams or pages.
+    """
+    if work.starts.shape != (lengths.numel() + 1,) or work.page_size != key_pages.shape[1]:
+        raise OptionError(
+            f"Work {list(work.starts.shape)} over pages of {work.page_size} for {lengths.numel()} streams in pages of "
+            f"{key_pages.shape[1]}: programs would read others' pages. Pass the work of one layer, work.layer(index), "
+            "with room made for these rows and pages."
+        )
+    if q.device.type != "cuda":
+        return by_definition(q, key_pages, value_pages, page_table, lengths, scale, log_weight, softcap, mass, active)
+    return on_gpu(q, key_pages, value_pages, page_table, lengths, work, scale, log_weight, softcap, mass, active)
+
+
+def on_gpu(
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    work: Work,
+    scale: float,
+    log_weight: Tensor | None = None,
+    softcap: float | None = None,
+    mass: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """`attend` by the Triton kernel, whatever the device (Triton's interpreter runs it on a CPU)."""
+    from kvpleat.kernels import decode_triton
+
+    launch = work.launch[:3]
+    shares = work.starts, work.shares
+    out: Tensor
+    lse: Tensor
+    out, lse = decode_triton.attend(
+        q, key_pages, value_pages, log_weight, page_table, lengths, active, *shares, work.arrivals, scale, softcap,
+        *launch, mass is not None,
+    )  # fmt: skip
+    if mass is not None:
+        decode_triton.mass_received(
+            q, key_pages, log_weight, page_table, lengths, active, *shares, lse, mass, scale, softcap, *launch
+        )
+    return out
+
+
+def by_definition(
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    log_weight: Tensor | None = None,
+    softcap: float | None = None,
+    mass: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """The specification of `attend`: each stream gathered from its pages, then `reference.attend`."""
+    (rows, heads, pages), size = page_table.shape, key_pages.shape[1]
+    index = torch.arange(pages * size, device=q.device)
+    if active is not None:
+        lengths = torch.where(active[:, None], lengths, 0)
+    visible = (index < lengths[..., None]).flatten(0, 1)  # [Z, N]
+    slots = (page_table.long()[..., None] * size + index[:size]).view(rows * heads, -1)
+    slots = torch.where(visible, slots, 0)  # beyond a stream's length the table may hold anything
+    keys, values = (x.flatten(0, 1)[slots] for x in (key_pages, value_pages))
+    bias = None if log_weight is None else log_weight.flatten()[slots]
+    grouped = q.reshape(rows * heads, -1, 1, q.shape[2])
+    if mass is not None:
+        received = reference.attention_received(grouped, keys, bias, visible[:, None], scale, softcap).sum(dim=(1, 2))
+        mass.view(-1)[slots[visible]] = received[visible]
+    return reference.attend(grouped, keys, values, bias, visible[:, None], scale, softcap).view(q.shape)
