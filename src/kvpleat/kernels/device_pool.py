@@ -15,13 +15,15 @@ from kvpleat.types import Delay, KVShape
 
 FREE = -1  # owner of a page nobody has, and what stands in a page table where no page is
 EMPTY = -1  # no token was here yet
+ALIGNED = 8  # float32 numbers that memory gives out together: sums begin at multiples of them
 
 
 class Ring(NamedTuple):
     """The last W + 1 tokens of each stream (W: the delay), and the newest groups: see `cache.delayed.DelayedState`.
 
-    slots [R, L, H, W + 1] int32, marked (bool), and where entries merge log_carry, weight (float32). In memory a row's
-    tokens of one age lie side by side. members [R, L, H, K, 2 D + 1], member_carry [R, L, H, K] float32.
+    slots [R, L, H, W + 1] int32, marked (bool), and where entries merge log_carry, weight (float32). members
+    [R, L, H, K, 2 D + 1], member_carry [R, L, H, K] float32. In memory a row's tokens of one age lie side by side, and
+    members begin at multiples of 32 bytes.
     """
 
     slots: Tensor
@@ -135,12 +137,14 @@ def _new_ring(shape: KVShape, delay: Delay, num_rows: int, device: torch.device)
     if not delay.merges:
         return Ring(slots, marked, None, None, None, None)
     known = 1 if delay.look_back is None else delay.look_back - 1
+    width = 2 * shape.head_dim + 1
+    room = -(-width // ALIGNED) * ALIGNED
     return Ring(
         slots,
         marked,
         ring(0.0, torch.float32),
         ring(0.0, torch.float32) if delay.weighs else None,
-        torch.zeros(num_rows, *streams, known, 2 * shape.head_dim + 1, device=device),
+        torch.zeros(num_rows, *streams, known, room, device=device)[..., :width],
         torch.zeros(num_rows, *streams, 0 if delay.look_back is None else known, device=device),
     )
 

@@ -57,7 +57,8 @@ def reserve(pool: DevicePool, counts: Tensor) -> None:
 
 
 def append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Put one token of each active row behind the entries of its streams, whose pages were reserved.
+    """Put one token of each active row behind the entries of its streams, whose pages were reserved: without a page a
+    kernel writes nothing and sets `failed`.
 
     Args:
         positions: [R] int32 of the tokens. active: [R] bool. keys, values: [R, H, D], rotated.
@@ -314,6 +315,7 @@ def _slots(pool: DevicePool, layer: int, rows: Tensor, index: Tensor) -> Tensor:
     """[r, H] the pool's slots of entries number `index` of their streams."""
     size = pool.shape.page_size
     pages = pool.page_table[rows, layer].gather(-1, index.long()[..., None] // size)[..., 0]
+    assert bool((pages != FREE).all()), "no page was reserved"
     return pages.long() * size + index % size
 
 

@@ -191,8 +191,8 @@ def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log
          new_key, new_value, cos, sin, said, said_carry, said_weight, positions, active,
          layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
          CHANNELS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, RING: tl.constexpr,
-         KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr, LOGITS: tl.constexpr,
-         B: tl.constexpr):  # fmt: skip
+         WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr,
+         LOGITS: tl.constexpr, B: tl.constexpr):  # fmt: skip
     row, head, on = _streams(active, failed, R, H, B)
     at = (row * L + layer) * H + head
     now = tl.load(positions + row, mask=on, other=0)
@@ -233,21 +233,21 @@ def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log
             keys, values, from_key, from_value = key, value, slot * D, slot * D
         _merge(key, value, log_weight, members, member_carry, keys, values, from_key, from_value, slot * D,
                slot, cos + row * HALF, sin + row * HALF, at, due, due_carry, due_weight, on,
-               D, CHANNELS, HALF, PAIRS, REST, KNOWN, SUMS, WEIGHS, RING == 1, B)  # fmt: skip
+               D, CHANNELS, HALF, PAIRS, REST, WIDTH, KNOWN, SUMS, WEIGHS, RING == 1, B)  # fmt: skip
 
 
 @triton.jit
 def _merge(key, value, log_weight, members, member_carry, keys, values, from_key, from_value, to, slot, cos, sin, at,
            due, log_carry, weight, on, D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr,
-           PAIRS: tl.constexpr, REST: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, WEIGHS: tl.constexpr,
-           ALL: tl.constexpr, B: tl.constexpr):  # fmt: skip
+           PAIRS: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr,
+           WEIGHS: tl.constexpr, ALL: tl.constexpr, B: tl.constexpr):  # fmt: skip
     """Tokens [B] take over what is left of the groups before them, where `due`. They are read at from_key of `keys` and
     from_value of `values` and go to `to` of the pool; ALL: also those that nothing joins."""
     carry = tl.where(due, tl.exp(log_carry), 0.0)[:, None]
     weight = (tl.maximum(weight, LEAST_WEIGHT) if WEIGHS else tl.full([B], 1.0, tl.float32))[:, None]
-    sums, carries = members + at[:, None] * (KNOWN * (2 * D + 1)), member_carry + at[:, None] * KNOWN
+    sums, carries = members + at[:, None] * (KNOWN * WIDTH), member_carry + at[:, None] * KNOWN
     taking, due, written = on[:, None], due[:, None], (on if ALL else on & due)[:, None]
-    size = _joined(weight, sums, carries, 2 * D, taking, carry, D, KNOWN, SUMS)
+    size = _joined(weight, sums, carries, 2 * D, taking, carry, WIDTH, KNOWN, SUMS)
     if log_weight is not None:
         tl.store(log_weight + slot[:, None], tl.log(size), mask=taking)
     from_key, from_value, to = from_key[:, None], from_value[:, None], to[:, None]
@@ -260,17 +260,17 @@ def _merge(key, value, log_weight, members, member_carry, keys, values, from_key
         second = tl.load(keys + from_key + HALF + pair, mask=mask, other=0.0)
         x, y = first.to(tl.float32), second.to(tl.float32)
         x, y = (x * c + y * s) * weight, (y * c - x * s) * weight
-        x = _joined(x, sums, carries, pair, mask, carry, D, KNOWN, SUMS) / size
-        y = _joined(y, sums, carries, HALF + pair, mask, carry, D, KNOWN, SUMS) / size
-        kind, mask = key.dtype.element_ty, written & (pair < HALF)
-        tl.store(key + to + pair, tl.where(due, (x * c - y * s).to(kind), first), mask=mask)
-        tl.store(key + to + HALF + pair, tl.where(due, (y * c + x * s).to(kind), second), mask=mask)
+        x = _joined(x, sums, carries, pair, mask, carry, WIDTH, KNOWN, SUMS) / size
+        y = _joined(y, sums, carries, HALF + pair, mask, carry, WIDTH, KNOWN, SUMS) / size
+        mask = written & (pair < HALF)
+        tl.store(key + to + pair, tl.where(due, (x * c - y * s).to(first.dtype), first), mask=mask)
+        tl.store(key + to + HALF + pair, tl.where(due, (y * c + x * s).to(second.dtype), second), mask=mask)
     if D > 2 * HALF:  # channels that are not rotated
         rest = 2 * HALF + tl.arange(0, REST)[None, :]
         _merge_plain(key, keys, from_key, to, rest, rest, sums, carries, taking, written, due, carry, weight, size, D,
-                     KNOWN, SUMS)  # fmt: skip
+                     WIDTH, KNOWN, SUMS)  # fmt: skip
     _merge_plain(value, values, from_value, to, channels, D + channels, sums, carries, taking, written, due, carry,
-                 weight, size, D, KNOWN, SUMS)  # fmt: skip
+                 weight, size, D, WIDTH, KNOWN, SUMS)  # fmt: skip
     if not SUMS:
         tl.debug_barrier()
         newer = tl.where(due, log_carry[:, None], float("-inf"))
@@ -284,17 +284,17 @@ def _merge(key, value, log_weight, members, member_carry, keys, values, from_key
 
 @triton.jit
 def _merge_plain(target, source, from_, to, channels, places, sums, carries, taking, written, due, carry, weight, size,
-                 D: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
+                 D: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Channels that are not rotated: they and those of the sums, [1, n] each."""
     inside = channels < D
     raw = tl.load(source + from_ + channels, mask=taking & inside, other=0.0)
     x = raw.to(tl.float32) * weight
-    x = _joined(x, sums, carries, places, taking & inside, carry, D, KNOWN, SUMS) / size
+    x = _joined(x, sums, carries, places, taking & inside, carry, WIDTH, KNOWN, SUMS) / size
     tl.store(target + to + channels, tl.where(due, x.to(raw.dtype), raw), mask=written & inside)
 
 
 @triton.jit
-def _joined(x, sums, carries, places, mask, share, D: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):
+def _joined(x, sums, carries, places, mask, share, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):
     """x [B, n] and what is left of the members of its group; these, or their sum, are brought up to date.
 
     sums, carries: [B, 1] where the members of streams and their shares begin. places: of the n channels in a sum.
@@ -302,7 +302,7 @@ def _joined(x, sums, carries, places, mask, share, D: tl.constexpr, KNOWN: tl.co
     total, newer = x, x
     tl.debug_barrier()  # all warps have read x before the caller writes over it
     for back in tl.static_range(KNOWN):
-        at = sums + ((KNOWN - 1 - back) * (2 * D + 1) + places)
+        at = sums + ((KNOWN - 1 - back) * WIDTH + places)
         old = tl.load(at, mask=(mask & (share > 0)) if SUMS else mask, other=0.0)
         tl.debug_barrier()
         total += tl.where(share > 0, share * old, 0.0)

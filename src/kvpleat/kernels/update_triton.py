@@ -68,14 +68,14 @@ def step(
     cos, sin = (keys, keys) if turn is None else _contiguous(*turn)  # a pointer that nobody follows, if there is none
     half = 0 if turn is None else cos.shape[-1]
     rest = pool.shape.head_dim - 2 * half
+    known, width = (0, 0) if ring.members is None else (ring.members.shape[-2], ring.members.stride(-2))
     kernels.step[(triton.cdiv(rows * heads, STREAMS),)](
         pool.key, pool.value, pool.arrays["log_weight"] if delay.log_size else None, pool.page_table, pool.lengths,
         pool.failed, ring.slots, _bytes(ring.marked), *ring[2:], keys, values, cos, sin, *told, positions,
         _bytes(active), layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads,
         **_channels(pool), HALF=half, PAIRS=triton.next_power_of_2(half), REST=triton.next_power_of_2(rest),
-        RING=delay.tokens + 1, KNOWN=0 if ring.members is None else ring.members.shape[-2],
-        SUMS=delay.look_back is None, MERGES=delay.merges, WEIGHS=delay.weighs, LOGITS=logits, B=STREAMS,
-        num_warps=WARPS)  # fmt: skip
+        RING=delay.tokens + 1, WIDTH=width, KNOWN=known, SUMS=delay.look_back is None, MERGES=delay.merges,
+        WEIGHS=delay.weighs, LOGITS=logits, B=STREAMS, num_warps=WARPS)  # fmt: skip
 
 
 def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
