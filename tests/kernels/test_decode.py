@@ -193,26 +193,41 @@ def test_rows_without_a_token() -> None:
         torch.testing.assert_close(out.double().cpu(), wanted, rtol=2e-5, atol=2e-5)
 
 
-def test_default_launch_dispatch_and_what_torch_compile_is_told() -> None:
+def test_default_launch_and_dispatch() -> None:
     problem = Problem(lengths(5, 2, 2, 2, 100), 2, 16, 16, 5)
     work = decode.room(problem.lengths, 16, torch.float32, 16)
     decode.plan(work, problem.lengths)
     out = decode.attend(*problem.arguments(1), work.layer(1), problem.scale)
     torch.testing.assert_close(out.double().cpu(), stream_by_stream(problem, 1)[0], rtol=2e-5, atol=2e-5)
-    decode.plan_on_gpu(work, problem.lengths)
-    one = work.layer(1)
-    q, keys, values, table, lens = problem.arguments(1)
-    planned = one.starts, one.shares
-    arguments = (q, keys, values, None, table, lens, None, *planned, one.arrivals, problem.scale, None, 16, 4, 2, True)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(decode_triton.attend, arguments, test_utils=checks)
-    lse, mass = decode_triton.attend(*arguments)[1], torch.zeros(keys.shape[:2], device=DEVICE)
-    arguments = (q, keys, None, table, lens, None, *planned, lse, mass, problem.scale, None, 16, 4, 2)
-    torch.library.opcheck(decode_triton.mass_received, arguments, test_utils=checks)
+
+
+def test_compiled_as_one_graph() -> None:
+    """torch.compile takes a step as it is: a plan, and attention in two layers, one of them with mass."""
+    problem = Problem(lengths(6, 2, 2, 2, 100), 2, 16, 16, 6)
+    work = decode.room(problem.lengths, 16, torch.float32, 16, Launch(32, 4, 2, 1), 3)
+    mass = torch.full(problem.keys.shape[:2], -7.0, device=DEVICE)
+
+    def step() -> list[Tensor]:
+        decode.plan_on_gpu(work, problem.lengths)
+        first = decode.on_gpu(*problem.arguments(0), work.layer(0), problem.scale, mass=mass)
+        return [first, decode.on_gpu(*problem.arguments(1), work.layer(1), problem.scale)]
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for layer, out in enumerate(compiled()):
+            wanted, wanted_mass = stream_by_stream(problem, layer)
+            torch.testing.assert_close(out.double().cpu(), wanted, rtol=2e-5, atol=2e-5)
+            if layer == 0:
+                torch.testing.assert_close(mass.double().cpu(), wanted_mass, rtol=2e-5, atol=2e-5)
+        problem.q.neg_()
 
 
 def test_refused() -> None:
     problem = Problem([[[5, 9]]], 2, 16, 16, 6)
+    work = decode.room(problem.lengths, 16, torch.float32, 16).layer(0)
+    q, *streams = problem.arguments(0)
+    with pytest.raises(OptionError, match="Pass contiguous tensors"):
+        decode.attend(q.mT.contiguous().mT, *streams, work, problem.scale)
     with pytest.raises(OptionError, match="24 entries over pages of 16"):
         decode.room(problem.lengths, 16, torch.float32, 16, Launch(24, 4, 2, 1))
     with pytest.raises(OptionError, match="work of one layer"):

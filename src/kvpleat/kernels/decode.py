@@ -26,12 +26,15 @@ class Launch(NamedTuple):
         warps: of a program.
         stages: tiles of a program that are computed or under way (Triton's num_stages).
         programs: for each multiprocessor. All of them should fit at a time, or the last ones start late.
+        early: programs come in while the kernel before them ends, and wait there for its end (programmatic dependent
+            launch; Hopper and newer).
     """
 
     tile: int
     warps: int
     stages: int
     programs: int
+    early: bool = False
 
 
 class Work(NamedTuple):
@@ -60,11 +63,12 @@ class Work(NamedTuple):
 
 
 def launch_for(head_dim: int, dtype: torch.dtype, page_size: int) -> Launch:
-    """How the kernel is launched: as many entries as make tiles of 16 KiB of keys, two programs a multiprocessor."""
+    """How the kernel is launched: tiles of 16 KiB of keys, of which two programs a multiprocessor hold two each."""
     row = max(16, 1 << (head_dim - 1).bit_length()) * dtype.itemsize  # bytes of a key in the kernel
-    if dtype.itemsize > 2:  # without tensor cores, what is multiplied is held in registers
-        return Launch(max(page_size, 16), 4, 3, 2)
-    return Launch(max(page_size, min(128, 2**14 // row)), 4, 3, 2)
+    tile = max(page_size, min(128, 2**14 // row))
+    if dtype.itemsize > 2:  # no tensor cores: what is multiplied is held in registers
+        tile = page_size
+    return Launch(tile, 4, 3 if tile * row <= 2**14 else 2, 2)
 
 
 def room(
@@ -163,13 +167,20 @@ def attend(
         [R, Q, D] in q's dtype; zeros where a stream has no entries.
 
     Raises:
-        OptionError: `work` is of other streams or pages.
+        OptionError: `work` is of other streams or pages, or strides are others than said above.
     """
     if work.starts.shape != (lengths.numel() + 1,) or work.page_size != key_pages.shape[1]:
         raise OptionError(
             f"Work {list(work.starts.shape)} over pages of {work.page_size} for {lengths.numel()} streams in pages of "
             f"{key_pages.shape[1]}: programs would read others' pages. Pass the work of one layer, work.layer(index), "
             "with room made for these rows and pages."
+        )
+    dense = [x for x in (key_pages, value_pages, log_weight, mass) if x is not None]
+    if q.stride(2) != 1 or page_table.stride(2) != 1 or not all(x.is_contiguous() for x in dense):
+        raise OptionError(
+            f"Strides {q.stride()} of queries, {page_table.stride()} of a page table, {[x.stride() for x in dense]} of "
+            "the pool: the kernel reads numbers that follow each other. Pass contiguous tensors; of queries and page "
+            "tables only the last dimension need be so."
         )
     if q.device.type != "cuda":
         return by_definition(q, key_pages, value_pages, page_table, lengths, scale, log_weight, softcap, mass, active)
@@ -192,13 +203,12 @@ def on_gpu(
     """`attend` by the Triton kernel, whatever the device (Triton's interpreter runs it on a CPU)."""
     from kvpleat.kernels import decode_triton
 
-    launch = work.launch[:3]
-    shares = work.starts, work.shares
+    launch, shares = work.launch[:3], (work.starts, work.shares)
     out: Tensor
     lse: Tensor
     out, lse = decode_triton.attend(
         q, key_pages, value_pages, log_weight, page_table, lengths, active, *shares, work.arrivals, scale, softcap,
-        *launch, mass is not None,
+        *launch, work.launch.early, mass is not None,
     )  # fmt: skip
     if mass is not None:
         decode_triton.mass_received(

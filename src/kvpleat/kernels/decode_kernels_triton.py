@@ -3,6 +3,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SHARE = tl.constexpr(8)  # numbers of a share
@@ -158,8 +159,10 @@ def _arrive(z, begin, stop, all_pages, arrivals, parts, peaks, out, lse, H: tl.c
 def attend(q, keys, values, log_weight, table, lengths, active, starts, shares, arrivals, parts, peaks, out, lse,
            scale, softcap, streams, capacity, q_row, q_head, table_row, table_head, lengths_row, lengths_head,
            H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
-           CHANNELS: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+           CHANNELS: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """The share of one program, a tile of N entries at a time."""
+    if EARLY:
+        gdc_wait()  # until the kernel before this one has ended
     program = tl.program_id(0)
     shares += program * SHARE
     z, begin, stop = tl.load(shares), tl.load(shares + 1), tl.load(shares + 2)
@@ -211,6 +214,8 @@ def attend(q, keys, values, log_weight, table, lengths, active, starts, shares, 
         stop = tl.load(starts + tl.minimum(z + 1, streams))
         pages, length = _stream(table, lengths, active, tl.minimum(z, streams - 1), at - begin, capacity, table_row,
                                 table_head, lengths_row, lengths_head, H, S, N)  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()  # the next kernel may come in; it waits for the end of this one as well
     tl.debug_barrier()  # all threads of the program have written their parts
     # Nothing is multiplied any more: no 16 rows.
     ROWS: tl.constexpr = triton.next_power_of_2(G)

@@ -20,6 +20,7 @@ PLAN_BLOCK = 1024  # streams that the plan adds up at a time
 COMBINED = 4096  # numbers of parts that are put together at a time
 
 
+@torch.library.custom_op("kvpleat::decode_plan", mutates_args=("starts", "tiles", "shares"))
 def plan(
     lengths: Tensor,
     active: Tensor | None,
@@ -57,6 +58,7 @@ def attend(
     tile: int,
     warps: int,
     stages: int,
+    early: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [R, Q, D] and, if asked for, log-sum-exps (base 2) [R, Q]. `arrivals` are zeros before and after, so that
@@ -70,7 +72,7 @@ def attend(
     kernels.attend[(programs,)](
         q, key_pages, value_pages, log_weight, page_table, lengths, active, starts, shares, arrivals, parts, peaks, out,
         lse if with_lse else None, scale, softcap, *sizes, **compiled_for, PIECES=min(max(pieces, 1), 16),
-        num_warps=warps, num_stages=stages,
+        EARLY=early, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out, lse
 
@@ -78,7 +80,7 @@ def attend(
 @attend.register_fake
 def _(q: Tensor, key_pages: Any, value_pages: Any, log_weight: Any, page_table: Any, lengths: Any, active: Any,
       starts: Any, shares: Any, arrivals: Any, scale: float, softcap: Any, tile: int, warps: int, stages: int,
-      with_lse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+      early: bool, with_lse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty(q, with_lse)
 
 

@@ -1,0 +1,48 @@
+"""The script that checks all kernels: what it says and returns. Times need a GPU."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvpleat.bench import kernels
+from kvpleat.bench.kernel_streams import as_measured, uneven
+from kvpleat.bench.kernel_timing import Cases, Checked
+
+pytest.importorskip("triton")  # conftest.py has it interpreted where there is no GPU
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes minutes, and is run by hand")
+def test_checks_run_through_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.main(["--quick", "--only", "decode", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    checks = figures["kernels"]["decode"]["checks"]
+    assert any("mass" in check["case"] for check in checks)
+    assert all(0 <= check["error"] <= check["allowed"] for check in checks)
+    assert capsys.readouterr().out.count("ok    ") == len(checks)
+
+
+@pytest.mark.parametrize("error", [0.2, math.nan, math.inf])
+def test_a_failed_check_fails_the_run(
+    error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = [Checked("right", 0.1, 0.1), Checked("wrong", error, 0.1)]
+    monkeypatch.setattr(kernels, "all_cases", lambda: [Cases("mine", lambda _: iter(checks), lambda _: iter([]))])
+    assert kernels.main([]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED mine" in out
+    assert "1 of 2 checks failed, so no times" in out
+
+
+def test_lengths_are_what_they_are_said_to_be() -> None:
+    torch.manual_seed(0)
+    lengths = uneven(4, 5, 8, 2048, CPU).float()
+    assert lengths.mean().item() == pytest.approx(2048, rel=0.01)
+    assert lengths.max() <= 8192
+    assert 0.5 < lengths.mean(0).log().std() < 1.0
+    kept = as_measured(4, 5, 8, CPU).amax(0) / 8192
+    assert (kept > 0.76).float().mean().item() == pytest.approx(0.1, abs=0.001)
+    assert (kept < 0.11).float().mean().item() >= 0.49
