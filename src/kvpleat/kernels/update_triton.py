@@ -17,6 +17,7 @@ from kvpleat.types import Marks
 
 STREAMS = 4  # that one program takes a token into
 WARPS = 1  # of such a program: a vector of 128 channels is half a warp's load
+COUNTED = 1024  # streams of a row whose pages one program looks at, at a time
 PLANNED = 1024  # entries that one program looks at, at a time
 MOVED = 16  # entries that one program moves at a time
 MOVERS = 4  # programs that move entries of one stream
@@ -99,7 +100,7 @@ def _change_pages(
     """Three launches: what each row takes or gives back, where its share of the free pages lies, and the exchange."""
     rows, layers, heads, limit = pool.page_table.shape
     streams = layers * heads
-    block = min(1024, triton.next_power_of_2(streams))
+    block = min(COUNTED, triton.next_power_of_2(streams))
     known = pool.ring is not None
     marked = _bytes(pool.ring.marked) if pool.ring is not None else None
     ring = pool.delay.tokens + 1 if known and pool.delay is not None else 1
