@@ -116,17 +116,17 @@ def settle(lengths, num_pages, marked, counts, positions, active, row_pages, fre
             base -= total
 
 
-# ---- one token of every row
+# ---- one token of every row: all that can be read is read before anything is written, so that reads overlap
 
 
 @triton.jit
 def _streams(active, failed, R, H: tl.constexpr, B: tl.constexpr):
-    """B streams of a layer: their rows, heads, and whether they take in a token."""
+    """B streams of a layer: their rows, heads, which of them there are, and which take in a token."""
     stream = tl.program_id(0) * B + tl.arange(0, B)
-    row, on = stream // H, stream < R * H
-    on = on & (tl.load(active + row, mask=on, other=0) != 0)
-    on = on & (tl.load(failed + 0 * row, mask=on, other=1) == 0)
-    return row.to(tl.int64), stream % H, on
+    row, inside = stream // H, stream < R * H
+    on = inside & (tl.load(active + row, mask=inside, other=0) != 0)
+    on = on & (tl.load(failed + 0 * row, mask=inside, other=1) == 0)
+    return row.to(tl.int64), stream % H, inside, on
 
 
 @triton.jit
@@ -138,28 +138,26 @@ def _slot(page_table, failed, at, index, on, M, S: tl.constexpr):
     return page.to(tl.int64) * S + index % S, on & (page != FREE)
 
 
-@triton.jit
-def _copy(source, target, from_, to, on, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Vectors of D channels: from_, to [B] where they begin."""
-    channels = tl.arange(0, CHANNELS)[None, :]
-    mask = on[:, None] & (channels < D)
-    tl.store(target + to[:, None] + channels, tl.load(source + from_[:, None] + channels, mask=mask), mask=mask)
-
-
 @triton.jit(do_not_specialize=["layer"])
 def append(key, value, position, log_weight, score, page_table, lengths, failed, new_key, new_value, positions, active,
            layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
            CHANNELS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    row, head, on = _streams(active, failed, R, H, B)
+    row, head, inside, on = _streams(active, failed, R, H, B)
     at = (row * L + layer) * H + head
-    length = tl.load(lengths + at, mask=on, other=0)
+    channels = tl.arange(0, CHANNELS)[None, :]
+    wide = inside[:, None] & (channels < D)
+    keys = tl.load(new_key + (row * key_row + head * key_head)[:, None] + channels, mask=wide, other=0.0)
+    values = tl.load(new_value + (row * value_row + head * value_head)[:, None] + channels, mask=wide, other=0.0)
+    now = tl.load(positions + row, mask=inside, other=0)
+    length = tl.load(lengths + at, mask=inside, other=0)
     slot, on = _slot(page_table, failed, at, length, on, M, S)
+    to, wide = slot[:, None] * D + channels, on[:, None] & (channels < D)
     tl.debug_barrier()
     tl.store(lengths + at, length + 1, mask=on)
-    _copy(new_key, key, row * key_row + head * key_head, slot * D, on, D, CHANNELS)
-    _copy(new_value, value, row * value_row + head * value_head, slot * D, on, D, CHANNELS)
+    tl.store(key + to, keys, mask=wide)
+    tl.store(value + to, values, mask=wide)
     if position is not None:
-        tl.store(position + slot, tl.load(positions + row, mask=on, other=0), mask=on)
+        tl.store(position + slot, now, mask=on)
     if log_weight is not None:
         tl.store(log_weight + slot, tl.zeros([B], tl.float32), mask=on)
     if score is not None:
@@ -193,23 +191,40 @@ def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log
          CHANNELS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, RING: tl.constexpr,
          WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr,
          LOGITS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    row, head, on = _streams(active, failed, R, H, B)
+    row, head, inside, on = _streams(active, failed, R, H, B)
     at = (row * L + layer) * H + head
-    now = tl.load(positions + row, mask=on, other=0)
+    channels = tl.arange(0, CHANNELS)[None, :]
+    from_key, from_value = row * key_row + head * key_head, row * value_row + head * value_head
+    if RING > 1 or not MERGES:
+        wide = inside[:, None] & (channels < D)
+        keys = tl.load(new_key + from_key[:, None] + channels, mask=wide, other=0.0)
+        values = tl.load(new_value + from_value[:, None] + channels, mask=wide, other=0.0)
+    now = tl.load(positions + row, mask=inside, other=0)
+    length = tl.load(lengths + at, mask=inside, other=0)
+    mark, carry, share = _read(said, said_carry, said_weight, row * H + head, R * H, inside, MERGES, WEIGHS, LOGITS)
+    mark = mark & (now > 0)
     newest = ((row * RING + now % RING) * L + layer) * H + head
     oldest = ((row * RING + (now + 1) % RING) * L + layer) * H + head
-    mark, carry, share = _read(said, said_carry, said_weight, row * H + head, R * H, on, MERGES, WEIGHS, LOGITS)
-    mark = mark & (now > 0)
     due, due_carry, due_weight = mark, carry, share  # of the token that is W tokens old now
     if RING > 1:
         due = tl.load(marked + oldest, mask=on, other=0) != 0
         if MERGES:
             due_carry = tl.load(log_carry + oldest, mask=on, other=0.0)
+            old = tl.load(slots + oldest, mask=on, other=EMPTY)
+            old_slot, joins = _slot(page_table, failed, at, tl.maximum(old, 0), on & (old != EMPTY), M, S)
         if WEIGHS:
             due_weight = tl.load(weight + oldest, mask=on, other=0.0)
-    length = tl.load(lengths + at, mask=on, other=0)
     index = tl.where(due, tl.load(slots + newest, mask=on, other=0), length)
     slot, on = _slot(page_table, failed, at, index, on, M, S)
+    if MERGES:
+        if RING > 1:
+            _merge(key, value, log_weight, members, member_carry, key, value, old_slot * D, old_slot * D, old_slot,
+                   cos + row * HALF, sin + row * HALF, at, due, due_carry, due_weight, on & joins,
+                   D, CHANNELS, HALF, PAIRS, REST, WIDTH, KNOWN, SUMS, WEIGHS, False, B)  # fmt: skip
+        else:
+            _merge(key, value, log_weight, members, member_carry, new_key, new_value, from_key, from_value, slot,
+                   cos + row * HALF, sin + row * HALF, at, due, due_carry, due_weight, on,
+                   D, CHANNELS, HALF, PAIRS, REST, WIDTH, KNOWN, SUMS, WEIGHS, True, B)  # fmt: skip
     tl.debug_barrier()
     tl.store(lengths + at, length + tl.where(due, 0, 1), mask=on)
     tl.store(slots + newest, index, mask=on)
@@ -218,99 +233,101 @@ def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log
         tl.store(log_carry + newest, carry, mask=on)
     if WEIGHS:
         tl.store(weight + newest, share, mask=on)
-    from_key, from_value = row * key_row + head * key_head, row * value_row + head * value_head
     if RING > 1 or not MERGES:
-        _copy(new_key, key, from_key, slot * D, on, D, CHANNELS)
-        _copy(new_value, value, from_value, slot * D, on, D, CHANNELS)
-    if MERGES:
-        keys, values = new_key, new_value
-        if RING > 1:
-            if log_weight is not None:
-                tl.store(log_weight + slot, tl.zeros([B], tl.float32), mask=on)
-            old = tl.load(slots + oldest, mask=on, other=EMPTY)
-            on = on & (old != EMPTY)
-            slot, on = _slot(page_table, failed, at, tl.maximum(old, 0), on, M, S)
-            keys, values, from_key, from_value = key, value, slot * D, slot * D
-        _merge(key, value, log_weight, members, member_carry, keys, values, from_key, from_value, slot * D,
-               slot, cos + row * HALF, sin + row * HALF, at, due, due_carry, due_weight, on,
-               D, CHANNELS, HALF, PAIRS, REST, WIDTH, KNOWN, SUMS, WEIGHS, RING == 1, B)  # fmt: skip
+        to, wide = slot[:, None] * D + channels, on[:, None] & (channels < D)
+        tl.store(key + to, keys, mask=wide)
+        tl.store(value + to, values, mask=wide)
+        if log_weight is not None:
+            tl.store(log_weight + slot, tl.zeros([B], tl.float32), mask=on)
 
 
 @triton.jit
-def _merge(key, value, log_weight, members, member_carry, keys, values, from_key, from_value, to, slot, cos, sin, at,
+def _merge(key, value, log_weight, members, member_carry, keys, values, from_key, from_value, slot, cos, sin, at,
            due, log_carry, weight, on, D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr,
            PAIRS: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr,
            WEIGHS: tl.constexpr, ALL: tl.constexpr, B: tl.constexpr):  # fmt: skip
     """Tokens [B] take over what is left of the groups before them, where `due`. They are read at from_key of `keys` and
-    from_value of `values` and go to `to` of the pool; ALL: also those that nothing joins."""
+    from_value of `values` and go to `slot` of the pool; ALL: also those that nothing joins.
+
+    Names: first and second (of the channels that rotate), rest, value, each as it was read (raw), what it adds to its
+    group (x), and the group's sum (sum).
+    """
     carry = tl.where(due, tl.exp(log_carry), 0.0)[:, None]
     weight = (tl.maximum(weight, LEAST_WEIGHT) if WEIGHS else tl.full([B], 1.0, tl.float32))[:, None]
     sums, carries = members + at[:, None] * (KNOWN * WIDTH), member_carry + at[:, None] * KNOWN
     taking, due, written = on[:, None], due[:, None], (on if ALL else on & due)[:, None]
-    size = _joined(weight, sums, carries, 2 * D, taking, carry, WIDTH, KNOWN, SUMS)
+    from_key, from_value, to = from_key[:, None], from_value[:, None], slot[:, None] * D
+    channels, pair = tl.arange(0, CHANNELS)[None, :], tl.arange(0, PAIRS)[None, :]
+    rest = 2 * HALF + tl.arange(0, REST)[None, :]
+    size = _sum(weight, sums, carries, 2 * D, taking, carry, WIDTH, KNOWN, SUMS)
+    raw_value = tl.load(values + from_value + channels, mask=taking & (channels < D), other=0.0)
+    x_value = raw_value.to(tl.float32) * weight
+    sum_value = _sum(x_value, sums, carries, D + channels, taking & (channels < D), carry, WIDTH, KNOWN, SUMS)
+    if HALF > 0:
+        turns = taking & (pair < HALF)
+        c, s = tl.load(cos[:, None] + pair, mask=turns, other=1.0), tl.load(sin[:, None] + pair, mask=turns, other=0.0)
+        raw_first = tl.load(keys + from_key + pair, mask=turns, other=0.0)
+        raw_second = tl.load(keys + from_key + HALF + pair, mask=turns, other=0.0)
+        first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
+        x_first, x_second = (first * c + second * s) * weight, (second * c - first * s) * weight
+        sum_first = _sum(x_first, sums, carries, pair, turns, carry, WIDTH, KNOWN, SUMS)
+        sum_second = _sum(x_second, sums, carries, HALF + pair, turns, carry, WIDTH, KNOWN, SUMS)
+    if D > 2 * HALF:
+        raw_rest = tl.load(keys + from_key + rest, mask=taking & (rest < D), other=0.0)
+        x_rest = raw_rest.to(tl.float32) * weight
+        sum_rest = _sum(x_rest, sums, carries, rest, taking & (rest < D), carry, WIDTH, KNOWN, SUMS)
+    tl.debug_barrier()
     if log_weight is not None:
         tl.store(log_weight + slot[:, None], tl.log(size), mask=taking)
-    from_key, from_value, to = from_key[:, None], from_value[:, None], to[:, None]
-    channels = tl.arange(0, CHANNELS)[None, :]
+    _store(value, to + channels, sum_value / size, raw_value, due, written & (channels < D))
+    _keep(weight, size, sums, 2 * D, taking, WIDTH, KNOWN, SUMS)
+    _keep(x_value, sum_value, sums, D + channels, taking & (channels < D), WIDTH, KNOWN, SUMS)
     if HALF > 0:
-        pair = tl.arange(0, PAIRS)[None, :]
-        mask = taking & (pair < HALF)
-        c, s = tl.load(cos[:, None] + pair, mask=mask, other=1.0), tl.load(sin[:, None] + pair, mask=mask, other=0.0)
-        first = tl.load(keys + from_key + pair, mask=mask, other=0.0)
-        second = tl.load(keys + from_key + HALF + pair, mask=mask, other=0.0)
-        x, y = first.to(tl.float32), second.to(tl.float32)
-        x, y = (x * c + y * s) * weight, (y * c - x * s) * weight
-        x = _joined(x, sums, carries, pair, mask, carry, WIDTH, KNOWN, SUMS) / size
-        y = _joined(y, sums, carries, HALF + pair, mask, carry, WIDTH, KNOWN, SUMS) / size
-        mask = written & (pair < HALF)
-        tl.store(key + to + pair, tl.where(due, (x * c - y * s).to(first.dtype), first), mask=mask)
-        tl.store(key + to + HALF + pair, tl.where(due, (y * c + x * s).to(second.dtype), second), mask=mask)
-    if D > 2 * HALF:  # channels that are not rotated
-        rest = 2 * HALF + tl.arange(0, REST)[None, :]
-        _merge_plain(key, keys, from_key, to, rest, rest, sums, carries, taking, written, due, carry, weight, size, D,
-                     WIDTH, KNOWN, SUMS)  # fmt: skip
-    _merge_plain(value, values, from_value, to, channels, D + channels, sums, carries, taking, written, due, carry,
-                 weight, size, D, WIDTH, KNOWN, SUMS)  # fmt: skip
+        first, second = sum_first / size, sum_second / size
+        _store(key, to + pair, first * c - second * s, raw_first, due, written & turns)
+        _store(key, to + HALF + pair, second * c + first * s, raw_second, due, written & turns)
+        _keep(x_first, sum_first, sums, pair, turns, WIDTH, KNOWN, SUMS)
+        _keep(x_second, sum_second, sums, HALF + pair, turns, WIDTH, KNOWN, SUMS)
+    if D > 2 * HALF:
+        _store(key, to + rest, sum_rest / size, raw_rest, due, written & (rest < D))
+        _keep(x_rest, sum_rest, sums, rest, taking & (rest < D), WIDTH, KNOWN, SUMS)
     if not SUMS:
-        tl.debug_barrier()
-        newer = tl.where(due, log_carry[:, None], float("-inf"))
-        for back in tl.static_range(KNOWN):
-            place = carries + (KNOWN - 1 - back)
-            old = tl.load(place, mask=taking, other=0.0)
-            tl.debug_barrier()
-            tl.store(place, newer, mask=taking)
-            newer = old
+        newest = tl.where(due, log_carry[:, None], float("-inf"))
+        _keep(newest, newest, carries, 0, taking, 1, KNOWN, SUMS)
 
 
 @triton.jit
-def _merge_plain(target, source, from_, to, channels, places, sums, carries, taking, written, due, carry, weight, size,
-                 D: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
-    """Channels that are not rotated: they and those of the sums, [1, n] each."""
-    inside = channels < D
-    raw = tl.load(source + from_ + channels, mask=taking & inside, other=0.0)
-    x = raw.to(tl.float32) * weight
-    x = _joined(x, sums, carries, places, taking & inside, carry, WIDTH, KNOWN, SUMS) / size
-    tl.store(target + to + channels, tl.where(due, x.to(raw.dtype), raw), mask=written & inside)
-
-
-@triton.jit
-def _joined(x, sums, carries, places, mask, share, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):
-    """x [B, n] and what is left of the members of its group; these, or their sum, are brought up to date.
+def _sum(x, sums, carries, places, mask, share, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):
+    """x [B, n] and what is left of the members of its group.
 
     sums, carries: [B, 1] where the members of streams and their shares begin. places: of the n channels in a sum.
     """
-    total, newer = x, x
-    tl.debug_barrier()  # all warps have read x before the caller writes over it
     for back in tl.static_range(KNOWN):
         at = sums + ((KNOWN - 1 - back) * WIDTH + places)
-        old = tl.load(at, mask=(mask & (share > 0)) if SUMS else mask, other=0.0)
-        tl.debug_barrier()
-        total += tl.where(share > 0, share * old, 0.0)
-        tl.store(at, total if SUMS else newer, mask=mask)
+        x += tl.where(share > 0, share * tl.load(at, mask=mask & (share > 0), other=0.0), 0.0)
         if not SUMS:
-            newer = old
             share *= tl.exp(tl.load(carries + (KNOWN - 1 - back), mask=mask, other=0.0))
-    return total
+    return x
+
+
+@triton.jit
+def _store(target, to, mean, raw, due, mask):
+    """Means where something joined, and elsewhere what there was, bit for bit."""
+    tl.store(target + to, tl.where(due, mean.to(raw.dtype), raw), mask=mask)
+
+
+@triton.jit
+def _keep(x, total, sums, places, mask, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr):
+    """For the next token: the sum, or x as the newest of the members, of which the oldest one goes."""
+    if SUMS:
+        tl.store(sums + places, total, mask=mask)
+    else:
+        for back in tl.static_range(KNOWN):
+            at = sums + ((KNOWN - 1 - back) * WIDTH + places)
+            old = tl.load(at, mask=mask, other=0.0)
+            tl.debug_barrier()
+            tl.store(at, x, mask=mask)
+            x = old
 
 
 # ---- moments
@@ -358,14 +375,17 @@ def move(key, value, position, log_weight, score, page_table, failed, moves, cou
     stream = tl.program_id(0).to(tl.int64)
     at = (stream // H * L + layer) * H + stream % H
     count = tl.load(counts + stream)
+    channels = tl.arange(0, CHANNELS)[None, :]
     for start in range(tl.program_id(1) * B, count, tl.num_programs(1) * B):
         number = start + tl.arange(0, B)
         on = number < count
         place = moves + stream * 2 * ROOM + number
         to, on = _slot(page_table, failed, at, tl.load(place, mask=on, other=0), on, M, S)
         from_, on = _slot(page_table, failed, at, tl.load(place + ROOM, mask=on, other=0), on, M, S)
-        _copy(key, key, from_ * D, to * D, on, D, CHANNELS)
-        _copy(value, value, from_ * D, to * D, on, D, CHANNELS)
+        wide = on[:, None] & (channels < D)
+        old, new = from_[:, None] * D + channels, to[:, None] * D + channels
+        tl.store(key + new, tl.load(key + old, mask=wide, other=0.0), mask=wide)
+        tl.store(value + new, tl.load(value + old, mask=wide, other=0.0), mask=wide)
         if position is not None:
             tl.store(position + to, tl.load(position + from_, mask=on, other=0), mask=on)
         if log_weight is not None:

@@ -74,7 +74,7 @@ def step(
         pool.key, pool.value, pool.arrays["log_weight"] if delay.log_size else None, pool.page_table, pool.lengths,
         pool.failed, ring.slots, _bytes(ring.marked), *ring[2:], keys, values, cos, sin, *told, positions,
         _bytes(active), layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads,
-        **_channels(pool), HALF=half, PAIRS=triton.next_power_of_2(half), REST=triton.next_power_of_2(rest),
+        **_channels(pool), HALF=half, PAIRS=_power(half), REST=_power(rest),
         RING=delay.tokens + 1, WIDTH=width, KNOWN=known, SUMS=delay.look_back is None, MERGES=delay.merges,
         WEIGHS=delay.weighs, LOGITS=logits, B=STREAMS, num_warps=WARPS)  # fmt: skip
 
@@ -121,7 +121,12 @@ def _arrays(pool: DevicePool) -> tuple[Tensor | None, ...]:
 
 def _channels(pool: DevicePool) -> dict[str, int]:
     size = pool.shape.head_dim
-    return {"S": pool.shape.page_size, "D": size, "CHANNELS": triton.next_power_of_2(size)}
+    return {"S": pool.shape.page_size, "D": size, "CHANNELS": _power(size)}
+
+
+def _power(size: int) -> int:
+    """The size of a block that holds so many."""
+    return int(triton.next_power_of_2(max(1, size)))
 
 
 def _bytes(flags: Tensor) -> Tensor:
