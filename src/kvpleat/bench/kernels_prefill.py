@@ -38,12 +38,13 @@ class Inputs(NamedTuple):
 # rule, delay, group, channels, page size, dtype, log-weights, soft cap
 CHECKED: list[tuple[str, int, int, int, int, torch.dtype, bool, float | None]] = [
     ("dms", 64, 4, 128, 32, torch.bfloat16, False, None),
+    ("dms", 7, 3, 64, 16, torch.float16, False, None),
+    ("fold", 7, 3, 64, 16, torch.float32, True, 20.0),
     ("dmc", 0, 4, 128, 32, torch.bfloat16, False, None),
     ("fold", 64, 3, 64, 16, torch.bfloat16, True, None),
     ("full", 0, 4, 128, 16, torch.bfloat16, False, None),
     ("full", 0, 3, 64, 16, torch.bfloat16, True, 20.0),
     ("window", 0, 4, 128, 32, torch.bfloat16, False, None),
-    ("dms", 7, 3, 64, 16, torch.float16, False, None),
     ("dms", 200, 8, 128, 32, torch.float16, True, None),
     ("dmc", 0, 1, 96, 16, torch.float16, False, 20.0),
     ("fold", 1, 2, 256, 32, torch.bfloat16, True, None),
@@ -51,7 +52,6 @@ CHECKED: list[tuple[str, int, int, int, int, torch.dtype, bool, float | None]] =
     ("window", 0, 5, 80, 16, torch.float16, False, None),
     ("full", 0, 32, 128, 16, torch.bfloat16, False, None),
     ("dms", 64, 4, 128, 32, torch.float32, False, None),
-    ("fold", 7, 3, 64, 16, torch.float32, True, 20.0),
     ("window", 0, 1, 32, 16, torch.float32, False, None),
 ]
 
@@ -122,7 +122,7 @@ def check_prefill(here: Machine) -> Iterator[Checked]:
     """Ragged rows over poisoned pages; a long row; and a graph that is replayed after everything has changed."""
     on_gpu = here.device.type == "cuda"
     new, past = ([700, 0, 1, 333], 400) if on_gpu else ([45, 0, 1, 20], 30)
-    for kind, delay, group, channels, page_size, dtype, weighs, softcap in CHECKED[:4] if here.quick else CHECKED:
+    for kind, delay, group, channels, page_size, dtype, weighs, softcap in CHECKED[:6] if here.quick else CHECKED:
         if not on_gpu and dtype == torch.bfloat16:
             continue  # the interpreter multiplies it as if it were integers
         model = Model(len(new), 3, group, channels if on_gpu else min(channels, 32), page_size, dtype)
@@ -162,7 +162,11 @@ def _graph(here: Machine) -> Checked:
         once = out.clone()
         graph.replay()
         errors += [difference(once, _wanted(other)), difference(once, out) and math.inf]
-    return Checked("one graph, other rows and streams; the same bits", max(errors), ALLOWED[torch.bfloat16])
+    return Checked("one graph, other rows and streams; the same bits", max(errors, key=_worse), ALLOWED[torch.bfloat16])
+
+
+def _worse(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def _tensors(given: Inputs) -> list[Tensor]:
