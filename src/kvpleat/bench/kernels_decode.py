@@ -3,6 +3,8 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -213,40 +215,42 @@ def _sdpa(here: Machine, pool: Pool) -> str:
 
 
 def sweep(here: Machine) -> Iterator[str]:
-    """Tiles, warps, stages and programs on the dense and the ragged cases; the best of each and on average."""
+    """Tiles, warps, stages and programs on the dense and the ragged cases: all of them, then the best of each case and
+    on average."""
     from triton.runtime.errors import OutOfResources
 
+    here = replace(here, quick=True)
     pools: dict[str, Pool] = {}
     for name, model, lengths, entries in itertools.islice(_timed_cases(here.device), 3):
         pools[name] = Pool(model, lengths(_layers(model, entries)))
     shares: dict[Launch, dict[str, float]] = {}
 
-    def attempt(launch: Launch) -> None:
-        shares[launch] = {}
+    def attempt(launch: Launch) -> str:
+        got = {}
         for name, pool in pools.items():
             work = room(pool, launch)
             decode.plan(work, pool.lengths)
-            shares[launch][name] = pool.read / here.seconds(_calls(pool, work)) / here.bandwidth
+            got[name] = pool.read / here.seconds(_calls(pool, work)) / here.bandwidth
+        shares[launch] = got
+        return f"  {tuple(launch)} " + " ".join(f"{share:.1%}" for share in got.values())
 
-    for tile, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5)):
-        if warps * 16 > tile:
-            continue
-        try:
+    yield f"of a copy's bandwidth, with (tile, warps, stages, programs, early): {', '.join(pools)}"
+    for tile, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4, 5)):
+        if not 8 <= tile // warps <= 32:
+            continue  # warps without work, or with more than their registers hold
+        with suppress(OutOfResources):  # too many stages for the shared memory
             for programs in (1, 2, 3, 4):
-                attempt(Launch(tile, warps, stages, programs))
-        except OutOfResources:
-            del shares[Launch(tile, warps, stages, 1)]
+                yield attempt(Launch(tile, warps, stages, programs))
     if torch.cuda.get_device_capability(here.device) >= (9, 0):
         for launch in sorted(shares, key=lambda launch: -sum(shares[launch].values()))[:4]:
-            attempt(launch._replace(early=True))
+            yield attempt(launch._replace(early=True))
     for name in [*pools, "mean"]:
         of = {launch: sum(got.values()) / len(got) if name == "mean" else got[name] for launch, got in shares.items()}
         best = sorted(of, key=lambda launch: -of[launch])[:8]
-        yield f"{name}: of a copy's bandwidth, with (tile, warps, stages, programs, early)"
+        yield f"best: {name}"
         yield from (f"  {of[launch]:.1%} {tuple(launch)}" for launch in best)
     default = decode.launch_for(128, torch.bfloat16, 32)
-    if default in shares:
-        yield f"now {tuple(default)}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares[default].items())
+    yield f"launch_for says {tuple(default)}"
 
 
 CASES = Cases("decode", check, time, sweep)

@@ -122,13 +122,13 @@ def _program_of(page, each, more):
 
 
 @triton.jit
-def _arrive(z, begin, stop, all_pages, arrivals, parts, peaks, out, lse, H: tl.constexpr, G: tl.constexpr,
-            D: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
-    """A part of a stream is written; the program that wrote the last one puts them together."""
+def _combine(z, begin, stop, before, all_pages, arrivals, parts, peaks, out, lse, H: tl.constexpr, G: tl.constexpr,
+             D: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+    """Put the parts of a stream together, if none is missing: `before` were written before this program's."""
     each, more = all_pages // tl.num_programs(0), all_pages % tl.num_programs(0)
     first = _program_of(begin, each, more)
     count = _program_of(stop - 1, each, more) - first + 1
-    if tl.atomic_add(arrivals + z, 1) == count - 1:
+    if before == count - 1:
         tl.store(arrivals + z, 0)  # for the next call
         late = tl.where(begin > first * each + tl.minimum(first, more), 1, 0)
         group, channels = tl.arange(0, GROUP), tl.arange(0, CHANNELS)
@@ -136,22 +136,23 @@ def _arrive(z, begin, stop, all_pages, arrivals, parts, peaks, out, lse, H: tl.c
         total = tl.zeros([GROUP], tl.float32)
         acc = tl.zeros([GROUP, CHANNELS], tl.float32)
         for n in range(0, count, PIECES):
-            piece = n + tl.arange(0, PIECES)
-            at = ((first + piece) * 2 + tl.where(piece == 0, late, 0))[:, None] * G + group[None, :]
-            here = (piece < count)[:, None] & (group < G)[None, :]
-            # .cg: other programs wrote this, so it is read where all of them see it.
-            peak = tl.load(peaks + at * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.load(peaks + at * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
-            here = here[:, :, None] & (channels < D)[None, None, :]
-            numbers = at[:, :, None] * D + channels[None, None, :]
-            part = tl.load(parts + numbers, mask=here, other=0.0, cache_modifier=".cg")
-            higher = tl.maximum(top, tl.max(peak, 0))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            factor = tl.exp2(peak - base[None, :])
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(weight * factor, 0)
-            acc = acc * shrink[:, None] + tl.sum(part * factor[:, :, None], 0)
-            top = higher
+            for i in tl.static_range(PIECES):  # loads of all of them are under way at the same time
+                piece = n + i
+                at = ((first + piece) * 2 + tl.where(piece == 0, late, 0)) * G + group
+                here = tl.where(piece < count, group, G) < G
+                # .cg: other programs wrote this, so it is read where all of them see it.
+                peak = tl.load(peaks + at * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
+                weight = tl.load(peaks + at * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
+                here = here[:, None] & (channels < D)[None, :]
+                numbers = at[:, None] * D + channels[None, :]
+                part = tl.load(parts + numbers, mask=here, other=0.0, cache_modifier=".cg")
+                higher = tl.maximum(top, peak)
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                factor = tl.exp2(peak - base)
+                shrink = tl.exp2(top - base)
+                total = total * shrink + weight * factor
+                acc = acc * shrink[:, None] + part * factor[:, None]
+                top = higher
         _store(z, top, total, acc, out, lse, H, G, D, GROUP, CHANNELS)
 
 
@@ -216,15 +217,20 @@ def attend(q, keys, values, log_weight, table, lengths, active, starts, shares, 
                                 table_head, lengths_row, lengths_head, H, S, N)  # fmt: skip
     if EARLY:
         gdc_launch_dependents()  # the next kernel may come in; it waits for the end of this one as well
-    tl.debug_barrier()  # all threads of the program have written their parts
-    # Nothing is multiplied any more: no 16 rows.
-    ROWS: tl.constexpr = triton.next_power_of_2(G)
-    if (first_begin < low) | (first_stop > high):
-        _arrive(first, first_begin, first_stop, all_pages, arrivals, parts, peaks, out, lse, H, G, D, ROWS, CHANNELS,
-                PIECES)  # fmt: skip
-    if (first_stop < high) & (begin < high):
-        _arrive(z, begin, stop, all_pages, arrivals, parts, peaks, out, lse, H, G, D, ROWS, CHANNELS,
-                PIECES)  # fmt: skip
+    # The first stream may have begun in the share before this one, the last one may go on in the next.
+    first_split, last_split = (first_begin < low) | (first_stop > high), (first_stop < high) & (begin < high)
+    if first_split | last_split:
+        tl.debug_barrier()  # all threads of the program have written their parts
+        sides = tl.arange(0, 2)
+        split = tl.where(sides == 0, first_split, last_split) != 0
+        arrived = tl.atomic_add(arrivals + tl.where(sides == 0, first, z), 1, mask=split)
+        ROWS: tl.constexpr = triton.next_power_of_2(G)  # nothing is multiplied any more: no 16 rows
+        for side in range(2):
+            if ((side == 0) & first_split) | ((side == 1) & last_split):
+                before = tl.sum(tl.where(sides == side, arrived, 0))
+                number, start = tl.where(side == 0, first, z), tl.where(side == 0, first_begin, begin)
+                _combine(number, start, tl.where(side == 0, first_stop, stop), before, all_pages, arrivals, parts,
+                         peaks, out, lse, H, G, D, ROWS, CHANNELS, PIECES)  # fmt: skip
 
 
 @triton.jit(**ONE_CODE)

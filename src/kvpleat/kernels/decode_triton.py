@@ -17,7 +17,7 @@ from torch import Tensor
 from kvpleat.kernels import decode_kernels_triton as kernels
 
 PLAN_BLOCK = 1024  # streams that the plan adds up at a time
-COMBINED = 4096  # numbers of parts that are put together at a time
+COMBINED = 8192  # numbers of parts that are put together at a time
 
 
 @torch.library.custom_op("kvpleat::decode_plan", mutates_args=("starts", "tiles", "shares"))
@@ -71,7 +71,7 @@ def attend(
     pieces = COMBINED // (triton.next_power_of_2(group) * compiled_for["CHANNELS"])
     kernels.attend[(programs,)](
         q, key_pages, value_pages, log_weight, page_table, lengths, active, starts, shares, arrivals, parts, peaks, out,
-        lse if with_lse else None, scale, softcap, *sizes, **compiled_for, PIECES=min(max(pieces, 1), 16),
+        lse if with_lse else None, scale, softcap, *sizes, **compiled_for, PIECES=min(max(pieces, 2), 8),
         EARLY=early, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out, lse
