@@ -25,9 +25,9 @@ SEED = 0
 
 def all_cases() -> list[Cases]:
     """Every kernel module that is checked and timed here. Imported late: it needs Triton."""
-    from kvpleat.bench import kernels_decode
+    from kvpleat.bench import kernels_decode, kernels_prefill, kernels_update
 
-    return [kernels_decode.CASES]
+    return [kernels_decode.CASES, kernels_prefill.CASES, kernels_update.CASES]
 
 
 def main(argv: list[str] | None = None) -> int:
