@@ -133,6 +133,11 @@ def attention_modules(facts: ModelFacts) -> list[nn.Module]:
     return _attention(facts.decoder, FAMILIES[facts.family])
 
 
+def decoder_layers(facts: ModelFacts) -> list[nn.Module]:
+    """Every layer of the model, sliding-window layers too."""
+    return list(getattr(facts.decoder, FAMILIES[facts.family].layers))
+
+
 def base_of(model: nn.Module, facts: ModelFacts) -> dict[str, Any]:
     """What tells a model from others as far as gates go: the keys of `kvpleat.policies.gates.BASE`."""
     config: Any = model.config

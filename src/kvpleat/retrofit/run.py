@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kvpleat import policies
 from kvpleat.errors import OptionError
-from kvpleat.hf.families import base_of, describe
+from kvpleat.hf.families import attention_modules, base_of, decoder_layers, describe
 from kvpleat.policies.gates import Gates
 from kvpleat.policies.learned import Learned, new_gates
 from kvpleat.retrofit import checkpoint
@@ -26,7 +26,7 @@ from kvpleat.retrofit.data import Batch
 from kvpleat.retrofit.distributed import Processes, whole
 from kvpleat.retrofit.measure import Lesson, moved, precision, predicted_weight
 from kvpleat.retrofit.objective import too_little
-from kvpleat.retrofit.student import Student, attention_modules, layers_of
+from kvpleat.retrofit.student import Student
 
 # Before anything merges, gates of weights and shares have gradients of about 1e-8, which are rounding. AdamW divides by
 # their size: with its usual eps of 1e-8 it would make real steps of them.
@@ -74,7 +74,7 @@ class Run:
         self.lesson = Lesson(self.student)
         _set_modes(model, recipe.checkpointing)
         self.processes.shard(
-            self.lesson, (layer for m in (model, teacher) if m is not None for layer in layers_of(describe(m).decoder))
+            self.lesson, (layer for m in (model, teacher) if m is not None for layer in decoder_layers(describe(m)))
         )
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), weight_decay=0.0)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -188,7 +188,7 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
     targets: Any = "all-linear"
     if recipe.adapt == "attention":
         names = {module: name for name, module in model.named_modules()}  # whole ones: GPT-2 has two kinds of c_proj
-        inside = (child for module in attention_modules(describe(model).decoder) for child in module.children())
+        inside = (child for module in attention_modules(describe(model)) for child in module.children())
         targets = [names[child] for child in inside if isinstance(child, nn.Linear | Conv1D)]
     options = LoraConfig(
         r=recipe.rank,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpleat.errors import AttachError, OptionError, UnsupportedError
-from kvpleat.hf.families import ModelFacts, describe
+from kvpleat.hf.families import ModelFacts, attention_modules, decoder_layers, describe
 from kvpleat.policies.gates import Gates
 from kvpleat.policies.learned import Learned, SoftMarks
 from kvpleat.retrofit import soft
@@ -62,7 +62,7 @@ class Student(nn.Module):
         self._teacher = [] if teacher is None else [teacher]  # in a list: its weights are none of the student's
         self._places = {layer: index for index, layer in enumerate(self.facts.layers)}
         self._rule = Delay(config.delay, policy.merges, policy.weighs, policy.log_size)
-        self._teacher_decoder = [self.facts.decoder if teacher is None else describe(teacher).decoder]
+        self._teacher_facts = self.facts if teacher is None else describe(teacher)
         self._fused: list[tuple[Any, Any]] = []  # each layer and its call, fused
         self.compiled = compile
 
@@ -75,8 +75,8 @@ class Student(nn.Module):
     def compiled(self, value: bool) -> None:
         for layer, _ in self._fused:
             layer._compiled_call_impl = None
-        decoders = {id(decoder): decoder for decoder in (self.facts.decoder, *self._teacher_decoder)}.values()
-        layers = [layer for decoder in decoders for layer in layers_of(decoder)] if value else []
+        models = [self.facts, self._teacher_facts][: 1 + len(self._teacher)]
+        layers = [layer for facts in models for layer in decoder_layers(facts)] if value else []
         self._fused = [(layer, torch.compile(layer._call_impl, dynamic=False)) for layer in layers]
         self._fuse()
 
@@ -116,7 +116,7 @@ class Student(nn.Module):
         """The teacher's hidden states [R, T, hidden]."""
         call = SoftCall(doc_start, None, self.facts, self._rule, self.compiled)
         with nullcontext() if self._teacher else without_adapters(self.model):
-            out = self._teacher_decoder[0](tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
+            out = self._teacher_facts.decoder(tokens, position_ids=call.positions, use_cache=False, kvpleat_soft=call)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -142,7 +142,8 @@ class Student(nn.Module):
         try:
             for model in models:
                 model.set_attn_implementation(soft.IMPLEMENTATION)
-            for module in attention_modules(self.facts.decoder):
+            module: Any
+            for module in attention_modules(self.facts):
                 if module.layer_idx in self._places:
                     hooked.append(module)
                     module._forward_pre_hooks[HOOK] = self._gate
@@ -170,17 +171,6 @@ class Student(nn.Module):
         layer = self._places[module.layer_idx]
         with torch.autocast(hidden.device.type, enabled=False):
             call.marks[layer] = self.policy.relax(self.gates(layer, hidden), call.noise[layer], self.temperature)
-
-
-def attention_modules(decoder: nn.Module) -> list[Any]:
-    """The attention modules of all layers, sliding ones too, in order."""
-    return [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
-
-
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers: the modules that hold its attention modules."""
-    inside = set(attention_modules(decoder))
-    return [layer for layer in decoder.modules() if any(child in inside for child in layer.children())]
 
 
 @contextmanager
