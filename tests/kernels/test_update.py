@@ -190,8 +190,8 @@ def test_steps(backend: Backend, name: str) -> None:
     dim, half, size = SIZES[list(DELAYS).index(name) % len(SIZES)]
     shape = make_shape(delay, dim, size)
     both = Both(delay, shape, rotary_of(half), make_pool(shape, delay), seed=len(name) + dim)
-    for count in range(delay.tokens + 24):
-        backend.alternate(count < 4 or (count > delay.tokens and count % 8 < 4))
+    for count in range(delay.tokens + 22):
+        backend.alternate(count < 3 or (count > delay.tokens and count % 8 < 4))
         active = both.rand(ROWS) < torch.tensor([0.9, 0.6, 0.0])
         both.step(active, marked=0.2 if count % 12 < 6 else 0.8)
         if count == delay.tokens + 14:
@@ -230,7 +230,22 @@ def test_extreme_logits() -> None:
             assert mine is None or torch.equal(mine, theirs), name
 
 
-@pytest.mark.parametrize(("name", "streams"), [("fold 1", 1), ("dmc of three", 4), ("dms 1", 2)])
+@pytest.mark.parametrize("name", ["dmc", "fold 1"])
+def test_what_nothing_joins_stays_bit_for_bit(backend: Backend, name: str) -> None:
+    """Keys of tokens alone are not rotated back and forth."""
+    delay = DELAYS[name]
+    shape = make_shape(delay)
+    both = Both(delay, shape, rotary_of(3), make_pool(shape, delay), seed=1)
+    active, given = torch.tensor([True, False, True]), []
+    for _ in range(3):
+        token = both.token(active, marked=0.0)
+        both.step_device(active, token)
+        both.positions += active.int()
+        given.append(token[1][0][2, 1])
+    assert torch.equal(stream(both.pool, 2, 1, 1)["key"], torch.stack(given))
+
+
+@pytest.mark.parametrize(("name", "streams"), [("fold 1", 2), ("dmc of three", 4), ("dms 1", 1)])
 def test_any_blocks(backend: Backend, name: str, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many streams a program takes, and with keys and values that are views of one tensor."""
     if backend.kind == "triton":

@@ -25,17 +25,17 @@ MOVERS = 4  # programs that move entries of one stream
 
 def reserve_token(pool: DevicePool, positions: Tensor, active: Tensor) -> None:
     """`update.reserve_token`; arguments as there."""
-    _change_pages(pool, kernels.TOKEN, None, positions, _bytes(active))
+    _change_pages(pool, kernels.TOKEN.value, None, positions, _bytes(active))
 
 
 def reserve(pool: DevicePool, counts: Tensor) -> None:
     """`update.reserve`; arguments as there."""
-    _change_pages(pool, kernels.COUNTS, counts.contiguous(), None, None)
+    _change_pages(pool, kernels.COUNTS.value, counts.contiguous(), None, None)
 
 
 def give_back(pool: DevicePool) -> None:
     """`update.give_back`; arguments as there."""
-    _change_pages(pool, kernels.GIVE, None, None, None)
+    _change_pages(pool, kernels.GIVE.value, None, None, None)
 
 
 def append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -95,15 +95,14 @@ def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
 
 
 def _change_pages(
-    pool: DevicePool, mode: Any, counts: Tensor | None, positions: Tensor | None, active: Tensor | None
+    pool: DevicePool, mode: int, counts: Tensor | None, positions: Tensor | None, active: Tensor | None
 ) -> None:
     """Three launches: what each row takes or gives back, where its share of the free pages lies, and the exchange."""
     rows, layers, heads, limit = pool.page_table.shape
     streams = layers * heads
     block = min(COUNTED, triton.next_power_of_2(streams))
-    known = pool.ring is not None
-    marked = _bytes(pool.ring.marked) if pool.ring is not None else None
-    ring = pool.delay.tokens + 1 if known and pool.delay is not None else 1
+    marked = None if pool.ring is None else _bytes(pool.ring.marked)
+    ring = 1 if pool.ring is None or mode != kernels.TOKEN.value else pool.ring.slots.shape[-1]
     looked_at = (pool.lengths, pool.num_pages, marked, counts, positions, active, pool.row_pages)
     options = {"RING": ring, "S": pool.shape.page_size, "MODE": mode, "BLOCK": block}
     kernels.count[(rows,)](*looked_at, streams, limit, pool.owner.numel(), **options)
@@ -111,7 +110,7 @@ def _change_pages(
         pool.row_pages, pool.free_count, pool.failed, rows, ROWS=triton.next_power_of_2(rows), MODE=mode)  # fmt: skip
     kernels.settle[(rows,)](
         *looked_at, pool.free_pages, pool.page_table, pool.owner, pool.failed, streams, limit, **options,
-        J=1 if mode is kernels.TOKEN else 16)  # fmt: skip
+        J=1 if mode == kernels.TOKEN.value else 16)  # fmt: skip
 
 
 def _arrays(pool: DevicePool) -> tuple[Tensor | None, ...]:
