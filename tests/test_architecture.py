@@ -24,8 +24,7 @@ LEVELS = [
     {"cache", "policies"},
     {"hf"},
     {"__init__"},
-    {"encoder", "retrofit"},
-    {"engine"},
+    {"encoder", "engine", "retrofit"},
     {"bench", "vllm"},
     {"cli"},
 ]

@@ -93,6 +93,15 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"{self.name} decides at moments")
 
+    def logits(self, layer: int, hidden: Tensor) -> Tensor:
+        """What gates put out, which `marks` reads: [outputs, R, H, T] float32; arguments as there."""
+        raise NotImplementedError(f"{self.name} decides at moments")
+
+    def expected_entries(self, tokens: int, shape: KVShape) -> float:
+        """Entries that a stream of a row of `tokens` tokens is expected to hold, mean over streams: whoever shares out
+        memory asks for it. What a row really holds may be more."""
+        return tokens
+
     def visible_from(self, query_positions: Tensor, shape: KVShape) -> Tensor | None:
         """Lowest position, sinks aside, that each query may see: [T] -> [T]; None where every entry is visible.
 

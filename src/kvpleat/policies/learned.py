@@ -149,7 +149,17 @@ class Learned(Policy):
         return self
 
     def marks(self, layer: int, hidden: Tensor) -> Marks:
-        return self.judge(self._loaded(layer, hidden))
+        return self.judge(self.logits(layer, hidden))
+
+    def logits(self, layer: int, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._loaded(layer, hidden)
+        return logits
+
+    def expected_entries(self, tokens: int, shape: KVShape) -> float:
+        """What the ratio that the gates were trained for leaves of all but the last tokens, which all wait."""
+        config = self._loaded.config
+        waiting = min(tokens, config.delay + 1)
+        return waiting + (tokens - waiting) / config.ratio
 
     @property
     def _loaded(self) -> Gates:

@@ -64,6 +64,10 @@ class Window(Policy):
         starts = {m: self._start(m * INTERVAL, shape) for m in set(moments)}
         return torch.tensor([starts[m] for m in moments], device=query_positions.device)
 
+    def expected_entries(self, tokens: int, shape: KVShape) -> float:
+        moment = tokens // INTERVAL * INTERVAL
+        return min(tokens, self.sinks + tokens - self._start(moment, shape))
+
     def decide(self, inputs: PolicyInput) -> Decision | None:
         moment = inputs.position // INTERVAL * INTERVAL
         start = self._start(moment, inputs.shape)

@@ -1,0 +1,127 @@
+"""The engine on a model: what is set and hooked while it lives, and taken off again by `close`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from kvpleat.engine.attention import IMPLEMENTATION, attention_forward
+from kvpleat.errors import AttachError, UnsupportedError
+from kvpleat.hf import adapters, borrowed
+from kvpleat.hf.attention import IMPLEMENTATION as OF_COMPRESS
+from kvpleat.hf.families import ModelFacts, attention_modules, describe
+from kvpleat.policies.base import Policy
+from kvpleat.types import KVShape, Phase
+
+
+class Attached:
+    """A causal LM whose attention is the engine's.
+
+    Everything goes through transformers' own interfaces: the name of an attention implementation in the model's
+    config, hooks that ask gates, and a LoRA that is merged. No mask function goes with that name, so no mask is made.
+
+    Attributes:
+        model: the causal LM. facts: what is known of it. policy: the policy, its gates loaded.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, page_size: int) -> None:
+        self.model: Any = model
+        facts = describe(self.model, page_size)
+        refuse_model(facts)
+        self.policy = borrowed.gates_for(self.model, facts, policy)
+        refuse_policy(self.policy, facts.shape)
+        self.facts = facts.stored_with(self.policy.fields, self.policy.bits)
+        if model.training:
+            raise UnsupportedError(
+                "The model is in training mode, where dropout makes scores random. Call model.eval() first."
+            )
+        config: Any = model.config
+        self._original: str = config._attn_implementation
+        if self._original in (OF_COMPRESS, IMPLEMENTATION):
+            raise AttachError(
+                f"{type(model).__name__} (or a model that shares its config) already runs with kvpleat's attention, "
+                "and two cannot own one cache. Leave `with compress(...)`, or close the other engine, before."
+            )
+        self._merged: adapters.Merged | None = None
+        self._handles: list[Any] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        AttentionInterface.register(IMPLEMENTATION, attention_forward)
+        try:
+            if self.policy.adapter is not None:
+                self._merged = adapters.merge(self.model, self.policy.adapter)
+            self.model.set_attn_implementation(IMPLEMENTATION)
+            self._handles = borrowed.register(self.facts, self.policy)
+            if self.policy.delayed is not None:
+                self.policy.to_device(self.facts.device)
+                for layer, module in enumerate(attention_modules(self.facts)):
+                    hook = _asking(self.policy, layer)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self) -> None:
+        """Raise AttachError where somebody else took the model over."""
+        if self.model.config._attn_implementation != IMPLEMENTATION:
+            raise AttachError(
+                f"The model's attention implementation became {self.model.config._attn_implementation!r} while the "
+                "engine was running, so its cache would not be used. Close the engine before the model is used in "
+                "another way."
+            )
+
+    def close(self) -> None:
+        """Put the model back as it was. Twice is no error."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._merged is not None:
+            self._merged.undo()
+            self._merged = None
+        if self.model.config._attn_implementation == IMPLEMENTATION:
+            self.model.set_attn_implementation(self._original)
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+
+
+def _asking(policy: Policy, layer: int) -> Hook:
+    """A hook before the attention module of one layer: what gates put out goes along to the attention function."""
+
+    def ask(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if "kvpleat_step" not in kwargs:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, "kvpleat_said": policy.logits(layer, hidden)}
+
+    return ask
+
+
+def refuse_model(facts: ModelFacts) -> None:
+    """Refuse models whose layers are not all alike, or that do not rotate keys."""
+    if facts.sliding:
+        raise UnsupportedError(
+            f"{facts.family} with {len(facts.sliding)} sliding-window layers is not served by the engine yet: it has "
+            "one kind of pages. Use kvpleat.compress with transformers' generate()."
+        )
+    if facts.rotary is None:
+        raise UnsupportedError(
+            f"{facts.family} has learned positions, which the engine does not feed. Use kvpleat.compress with "
+            "transformers' generate()."
+        )
+
+
+def refuse_policy(policy: Policy, shape: KVShape) -> None:
+    """Refuse policies that look at more than tokens and positions."""
+    decides = bool(policy.moments(0, 1 << 20, Phase.DECODE, 0, shape))
+    by_position = policy.visible_from(torch.zeros(1, dtype=torch.int32), shape) is not None
+    if policy.uses_prompt_end or policy.observation_window or (decides and not by_position):
+        raise UnsupportedError(
+            f"{policy.name} is not served by the engine yet: use kvpleat.compress with transformers' generate(). "
+            "Served are full, window, dms, fold and dmc."
+        )

@@ -1,0 +1,149 @@
+"""Attention of the engine, behind transformers' AttentionInterface: a flattened batch over the cache on a device.
+
+transformers calls `attention_forward` once per layer with the tokens of a step, [1, T]: first one for each seat, then
+the chunks of prompts. Every layer writes first and attends then, so that each token sees itself.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvpleat.errors import AttachError
+from kvpleat.hf import borrowed
+from kvpleat.kernels import decode, extend, prefill, update
+from kvpleat.kernels.decode import Work
+from kvpleat.kernels.device_pool import DevicePool
+from kvpleat.kernels.extend import Chunks
+from kvpleat.kernels.prefill import Recent
+from kvpleat.kernels.reference import Turn
+from kvpleat.policies.base import Policy
+
+IMPLEMENTATION = "kvpleat_engine"  # the name in transformers' AttentionInterface
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One new token of each of the first n seats.
+
+    Args:
+        pool: the rows of these seats. positions: [n] int32. active: [n] bool, seats that have a token. work: planned.
+        turn: how keys are rotated at positions - W, [n, r / 2]; None: nothing merges.
+    """
+
+    pool: DevicePool
+    positions: Tensor
+    active: Tensor
+    work: Work
+    turn: Turn | None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The next tokens of some prompts. chunks: where they lie. recent: what they see, where a window cuts it."""
+
+    pool: DevicePool
+    chunks: Chunks
+    recent: Recent | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward, as all its layers see it: tokens come first, then prompts; one of them may be missing.
+
+    Args:
+        policy: of the model. columns: pages of a stream that this step can reach, for those who read them all.
+    """
+
+    policy: Policy
+    tokens: Tokens | None
+    prompts: Prompts | None
+    columns: int
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    kvpleat_step: Step | None = None,
+    kvpleat_said: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function behind transformers' AttentionInterface.
+
+    Args:
+        query: [1, Q, T, D] rotated. key, value: [1, H, T, D].
+        kvpleat_step: of the runner. kvpleat_said: [outputs, 1, H, T] what gates put out, by a hook; None: there are
+            none.
+
+    Returns:
+        [1, T, Q, D] and None.
+    """
+    if kvpleat_step is None:
+        raise AttachError(
+            "The model ran outside of the engine that lives on it, so its cache is unknown. Close the engine first: "
+            "llm.close()."
+        )
+    step, layer = kvpleat_step, int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = borrowed.clear(query, step.policy)[0]
+    count = 0 if step.tokens is None else step.tokens.active.shape[0]
+    parts: list[Tensor] = []
+    if step.tokens is not None:
+        q, k, v = (x[:, :count].transpose(0, 1) for x in (query, key[0], value[0]))
+        said = None if kvpleat_said is None else kvpleat_said[:, 0, :, :count].transpose(1, 2)
+        parts.append(_decode(step.tokens, layer, q, k, v, said, scale, softcap, step.columns))
+    if step.prompts is not None:
+        q, k, v = (x[:, count:] for x in (query, key[0], value[0]))
+        said = None if kvpleat_said is None else kvpleat_said[:, 0, :, count:]
+        parts.append(_prefill(step.prompts, layer, q, k, v, said, scale, softcap).transpose(0, 1))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _decode(
+    tokens: Tokens,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    said: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    columns: int,
+) -> Tensor:
+    """One token of each seat: q [n, Q, D], k and v [n, H, D], said [outputs, n, H] -> [n, Q, D]."""
+    pool = tokens.pool
+    if said is None:
+        update.append(pool, layer, tokens.positions, tokens.active, k, v)
+    else:
+        update.step(pool, layer, tokens.positions, tokens.active, k, v, said, tokens.turn)
+    table, lengths = pool.page_table[:, layer, :, :columns], pool.lengths[:, layer]
+    return decode.attend(
+        q, pool.key, pool.value, table, lengths, tokens.work.layer(layer), scale, pool.log_weight, softcap,
+        active=tokens.active,
+    )  # fmt: skip
+
+
+def _prefill(
+    prompts: Prompts,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    said: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Chunks: q [Q, T, D], k and v [H, T, D], said [outputs, H, T] -> [Q, T, D]."""
+    pool, chunks = prompts.pool, prompts.chunks
+    if said is None:
+        past = extend.append(pool, layer, chunks, k, v)
+        return prefill.attend(q, k, v, chunks.rows, past, prompts.recent, scale, softcap)
+    seen = extend.extend(pool, layer, chunks, k, v, said)
+    return prefill.attend(q, seen.keys, seen.values, chunks.rows, seen.past, seen.rule, scale, softcap)

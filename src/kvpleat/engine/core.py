@@ -1,0 +1,195 @@
+"""EngineCore: requests go in, tokens come out, one step of the whole batch at a time.
+
+A request's tokens follow from its own tokens alone, whoever runs beside it and whether it was preempted: the cache is
+the same function of them (rule 1 of docs/design.md), and randomness is a function of the request's seed and the number
+of the token. Up to rounding: a product of matrices of another size adds up in another order, and preemption feeds as a
+prompt what was decoded before. So logits agree to about 1e-5 in float32, on a CPU as on a GPU, and within a rounding or
+two of bfloat16's 8 bits there; tokens are the same unless two are as likely as each other to that precision, or a
+gate's number lies that near to 0. Nothing that one row computes is read by another, so a NaN stays where it is.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from kvpleat.engine import sampling, sizes
+from kvpleat.engine.attach import Attached
+from kvpleat.engine.params import Emitted, Request, TokenLogprobs
+from kvpleat.engine.rows import Feed, Row
+from kvpleat.engine.runner import Launched, Runner
+from kvpleat.engine.sampling import NO_TOKEN
+from kvpleat.engine.scheduler import Scheduler
+from kvpleat.errors import OptionError
+from kvpleat.policies.base import Policy
+
+
+class EngineCore:
+    """Continuous batching over one model, policy and memory. All calls come from one thread.
+
+    Args:
+        model: a causal LM of a known family, in eval mode, on one device. It is the engine's until `close`.
+        policy: what to keep; Full, Window, DMS, Fold or DMC.
+        kv_memory: of keys, values and what belongs to each, in bytes or as "20GiB"; None: see `sizes.memory_for`.
+        max_num_seqs: requests that run at a time. max_num_batched_tokens: of a step.
+        max_model_len: longest sequence, prompt and output; None: what the model knows.
+        seed: of requests that bring none. enforce_eager: no CUDA graphs.
+        max_logprobs: most that a request may ask for; -1: any number.
+        page_size: entries of a page, 16 or 32.
+
+    Raises:
+        UnsupportedError: the model or the policy is not served. OptionError: options that do not fit together.
+        AttachError: the model has a policy attached already.
+
+    Attributes:
+        max_model_len: in tokens. scheduler: who waits and runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        *,
+        kv_memory: int | str | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        enforce_eager: bool = False,
+        max_logprobs: int = 20,
+        page_size: int = 16,
+    ) -> None:
+        sizes.check_counts(max_num_seqs, max_num_batched_tokens)
+        self._attached = Attached(model, policy, page_size)
+        try:
+            facts = self._attached.facts
+            self.max_model_len = sizes.length_for(max_model_len, facts)
+            self._end_ids = _end_ids(model)
+            self._seed, self._max_logprobs, self._vocabulary = seed, max_logprobs, int(self._config.vocab_size)
+            limits = sizes.limits(
+                self._attached.policy, facts, kv_memory, max_num_seqs, max_num_batched_tokens, self.max_model_len
+            )
+            self.scheduler = Scheduler(limits)
+            self._runner = Runner(
+                self._attached, limits.pages, max_num_seqs, self.max_model_len, self._end_ids, enforce_eager
+            )
+        except BaseException:
+            self._attached.close()
+            raise
+        self._rows: dict[str, Row] = {}
+        self._arrived = 0
+        self._runs: Launched | None = None
+        self._void = False  # the step that runs was launched after one that failed, and does nothing
+
+    @property
+    def _config(self) -> Any:
+        return self._attached.model.config
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were added and have not ended."""
+        return len(self._rows)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            OptionError: it can never run.
+        """
+        self._check(request)
+        params = request.params
+        most = self.max_model_len if params.max_tokens is None else len(request.prompt) + params.max_tokens
+        row = Row(
+            request,
+            seed=sampling.request_seed(self._seed, params, self._arrived),
+            limit=min(most, self.max_model_len),
+            ends=frozenset(sampling.end_tokens(params, self._end_ids)),
+        )
+        self._arrived += 1
+        self._rows[request.id] = row
+        self.scheduler.add(row)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; nothing more comes of it. One that is not there is no error."""
+        row = self._rows.pop(request_id, None)
+        if row is not None:
+            self.scheduler.finish(row, "abort")
+
+    def step(self) -> list[Emitted]:
+        """Start the next step of the batch, then wait for the one before it.
+
+        Returns:
+            what that one brought, for each request that gained a token or ended.
+        """
+        plan = self.scheduler.schedule(runs=self._runs is not None and not self._void)
+        launched = None
+        if plan.feeds:
+            launched = self._runner.launch(plan)
+        elif plan.released or plan.clear:
+            self._runner.release(plan)
+        before, self._runs = self._runs, launched
+        if before is None or self._void:
+            self._void = False
+            return []
+        counters, drawn = self._runner.collect(before)
+        if self.scheduler.settle(before.plan, counters, plan):
+            return [x for feed, token, logprobs in drawn if (x := self._take(feed, token, logprobs)) is not None]
+        self._void = launched is not None
+        return self._without_memory()
+
+    def _take(self, feed: Feed, token: int, logprobs: TokenLogprobs | None) -> Emitted | None:
+        """A row gains a token; None: it had ended already."""
+        row = feed.row
+        if row.reason is not None:
+            return None
+        if token == NO_TOKEN:
+            self._finish(row, "error")
+            return Emitted(row.request.id, [], None, "error")
+        row.tokens.append(token)
+        reason = "stop" if token in row.ends else "length" if len(row.tokens) == row.limit else None
+        if reason is not None:
+            self._finish(row, reason)
+        return Emitted(row.request.id, [token], None if logprobs is None else [logprobs], reason)
+
+    def _without_memory(self) -> list[Emitted]:
+        """Rows that ended because even alone they need more pages than there are."""
+        ended = [row for row in self._rows.values() if row.reason == "memory"]
+        for row in ended:
+            del self._rows[row.request.id]
+        return [Emitted(row.request.id, [], None, "memory") for row in ended]
+
+    def _finish(self, row: Row, reason: str) -> None:
+        self.scheduler.finish(row, reason)
+        del self._rows[row.request.id]
+
+    def _check(self, request: Request) -> None:
+        if request.id in self._rows:
+            raise OptionError(f"A request {request.id!r} has not ended yet, and answers could not be told apart.")
+        if not request.prompt:
+            raise OptionError(f"The prompt of {request.id!r} is empty, so there is nothing to continue. Pass a token.")
+        if len(request.prompt) >= self.max_model_len:
+            raise OptionError(
+                f"A prompt of {len(request.prompt)} tokens leaves no room for an answer in sequences of "
+                f"{self.max_model_len}. Shorten it, or make the engine with a larger max_model_len."
+            )
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocabulary:
+            raise OptionError(
+                f"The prompt of {request.id!r} holds tokens from {min(request.prompt)} to {max(request.prompt)}; the "
+                f"model knows 0 to {self._vocabulary - 1}. Tokenise it with the model's own tokenizer."
+            )
+        sampling.check(request.params, self._vocabulary, self._end_ids, self._max_logprobs)
+
+    def close(self) -> None:
+        """End everything, free the memory, and put the model back as it was. Twice is no error."""
+        self._attached.close()
+        if hasattr(self, "_runner"):
+            self._runner.close()
+            del self._runner
+        self._rows, self._runs = {}, None
+
+
+def _end_ids(model: Any) -> tuple[int, ...]:
+    """The model's end tokens, from its generation config."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)

@@ -1,0 +1,119 @@
+"""The nouns of the scheduler: what there is, requests as rows, and what a step feeds. Whole numbers on the host."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvpleat.engine.params import Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What there is.
+
+    Args:
+        seats: rows that run at a time. step_tokens: of a step, no fewer. length: of a row, in tokens.
+        pages: of the pool. page_size: entries of one. streams: of a row.
+        expected: entries of a stream that a row of so many tokens is expected to hold, mean over streams.
+    """
+
+    seats: int
+    step_tokens: int
+    length: int
+    pages: int
+    page_size: int
+    streams: int
+    expected: Callable[[int], float]
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that a row of so many tokens is expected to hold."""
+        return self.streams * -int(-self.expected(tokens) // self.page_size)
+
+    def most_pages(self, count: int) -> int:
+        """Pages that a chunk of so many tokens takes, if nothing leaves."""
+        return self.streams * -(-count // self.page_size)
+
+
+class Counters(NamedTuple):
+    """What the device counted at the end of a step: free pages; pages that were missing, 0 if it went well; pages that
+    the row in each seat holds."""
+
+    free: int
+    missing: int
+    held: list[int]
+
+
+@dataclass(eq=False)
+class Row:
+    """A request, from its arrival to its end.
+
+    Args:
+        request: what was asked. seed: of its sampling. limit: tokens at which it ends. ends: tokens that end it.
+
+    Attributes:
+        tokens: prompt and output, as far as the host knows. drawn: how many there are on the device.
+        goal: those to feed as a prompt. fed: those in the cache; both counts include the step that runs.
+        seat: None while it waits. held: pages, as far as the host knows. needs: pages that it gave up.
+        reason: why it ended.
+    """
+
+    request: Request
+    seed: int
+    limit: int
+    ends: frozenset[int] = frozenset()
+    tokens: list[int] = field(init=False)
+    drawn: int = field(init=False)
+    goal: int = field(init=False)
+    fed: int = 0
+    seat: int | None = None
+    held: int = 0
+    needs: int = 0
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.drawn = self.goal = len(self.tokens)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next token is one that was drawn, and the one after that is wanted."""
+        return self.goal <= self.fed < self.drawn < self.limit
+
+
+class Feed(NamedTuple):
+    """Tokens of a row in a step: `size` of them from position `start` on. draws: whether a token is drawn after the
+    last one, number `number` of the row's output."""
+
+    row: Row
+    seat: int
+    start: int
+    size: int
+    draws: bool
+    number: int
+
+
+@dataclass
+class Plan:
+    """One step.
+
+    Args:
+        released: rows that leave before it, and their seats. clear: the flag of a step that failed is cleared.
+        cautious: `pages` is all that the step could take.
+
+    Attributes:
+        seated: rows that get a seat. tokens, chunks: what is fed. size: tokens of both. pages: it is reckoned to take.
+    """
+
+    released: list[tuple[int, Row]]
+    clear: bool
+    cautious: bool
+    seated: list[Row] = field(default_factory=list)
+    tokens: list[Feed] = field(default_factory=list)
+    chunks: list[Feed] = field(default_factory=list)
+    size: int = 0
+    pages: int = 0
+
+    @property
+    def feeds(self) -> list[Feed]:
+        """All that is fed."""
+        return self.tokens + self.chunks

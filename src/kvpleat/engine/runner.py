@@ -1,0 +1,272 @@
+"""One step on the device: its tensors, the forward of the unpatched model over a flattened batch, the draw of tokens,
+and what the host gets to know of it one step late.
+
+A step is as wide as the highest seat in use, rounded up to a size of the ladder 1, 2, 4, 8, ...: token i of the batch
+is that of seat i, or of nobody. Steps without prompts have fixed shapes, so on a GPU they are CUDA graphs; steps with
+chunks of prompts run as they are. The host writes numbers into pinned memory and never reads a tensor of a step that
+runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpleat.engine import windows
+from kvpleat.engine.attach import Attached
+from kvpleat.engine.attention import Prompts, Step, Tokens
+from kvpleat.engine.graphs import Graphs
+from kvpleat.engine.params import TokenLogprobs
+from kvpleat.engine.rows import Counters, Feed, Plan, Row
+from kvpleat.engine.sampling import NO_TOKEN, Mode, Sampled, Sampler
+from kvpleat.kernels import decode, extend, reference, update
+from kvpleat.kernels.decode import Work
+from kvpleat.kernels.device_pool import DevicePool, Ring, new_pool
+
+POSITIONS, ACTIVE, NUMBERS, DRAWS, RELEASED = range(5)  # lines of what the host writes
+
+
+class Launched(NamedTuple):
+    """A step that runs or has run. counted: [2 + 2 n] int64 free and missing pages, pages of each seat, its token;
+    sampled: with logprobs, where somebody asked. Both on the host, written once `done` has come."""
+
+    plan: Plan
+    counted: Tensor
+    sampled: Sampled | None
+    done: Any
+
+
+@dataclass(frozen=True)
+class Width:
+    """What a step of n seats needs: their rows of the pool, and room to plan the work of attention."""
+
+    pool: DevicePool
+    work: Work
+
+
+class Runner:
+    """Everything of an engine that lives on the device.
+
+    Args:
+        attached: the model. num_pages: of the pool. num_seats: rows that run at a time. length: of a row, in tokens.
+        end_ids: the model's end tokens. eager: no CUDA graphs.
+    """
+
+    @torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
+    def __init__(
+        self,
+        attached: Attached,
+        num_pages: int,
+        num_seats: int,
+        length: int,
+        end_ids: Sequence[int],
+        eager: bool,
+    ) -> None:
+        facts, device = attached.facts, attached.facts.device
+        self.attached, self.device, self._end_ids = attached, device, end_ids
+        self.pool = new_pool(facts.shape, attached.policy.delayed, num_seats, num_pages, length, device)
+        vocabulary: int = attached.model.config.vocab_size
+        self.sampler = Sampler(num_seats, vocabulary, device)
+        self._written = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
+        self._next = torch.zeros(num_seats, dtype=torch.int64, device=device)  # token of each seat that is to be fed
+        self._logits = torch.zeros(num_seats, vocabulary, dtype=facts.shape.dtype, device=device)
+        self._seats = torch.arange(num_seats, device=device)
+        self._graphs = Graphs(device, eager)
+        self._widths = {n: self._width(n) for n in ladder(num_seats)}
+        for n in reversed(self._widths):  # the largest first: the others fit into its memory
+            self._decode_by_graph(n)  # no seat is active, so nothing happens
+
+    def _width(self, n: int) -> Width:
+        pool, shape = self.pool, self.pool.shape
+        ring: Any = None if pool.ring is None else Ring(*(x if x is None else x[:n] for x in pool.ring))  # type: ignore[arg-type]
+        rows = replace(
+            pool, page_table=pool.page_table[:n], num_pages=pool.num_pages[:n], lengths=pool.lengths[:n],
+            row_pages=pool.row_pages[:n], ring=ring,
+        )  # fmt: skip
+        return Width(rows, decode.room(rows.lengths, shape.head_dim, shape.dtype, shape.page_size))
+
+    # ---- a step
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launched:
+        """Start a step. Nothing here waits for the device."""
+        self.attached.check()
+        self.release(plan)
+        for row in plan.seated:
+            assert row.seat is not None
+            self.sampler.seat(row.seat, row.request.params, row.seed, self._end_ids)
+        n = next(n for n in self._widths if n > max(feed.seat for feed in plan.feeds))
+        if plan.chunks:
+            self._mixed(n, plan)
+        elif self.device.type == "cuda":
+            self._decode_by_graph(n)
+        else:
+            self._decode(n, self._columns(plan))
+        windows.slide(self._widths[n].pool, self.attached.policy, plan.feeds, self._sent)
+        mode = self.sampler.mode
+        if mode.logprobs is None:
+            counted, sampled = self._graphs.run((n, mode), lambda: self._draw(n, mode))
+        else:
+            counted, sampled = self._draw(n, mode)
+        told = None if mode.logprobs is None else Sampled._make(None if x is None else _to_host(x) for x in sampled)
+        return Launched(plan, _to_host(counted), told, self._event())
+
+    @torch.inference_mode()
+    def release(self, plan: Plan) -> None:
+        """Send the numbers of a step to the device, and empty the seats of rows that left before it."""
+        written = np.zeros((5, self._next.shape[0]), dtype=np.int32)
+        for feed in plan.tokens:
+            written[POSITIONS, feed.seat], written[ACTIVE, feed.seat] = feed.start, 1
+        for feed in plan.feeds:
+            written[NUMBERS, feed.seat], written[DRAWS, feed.seat] = feed.number, feed.draws
+        for seat, _ in plan.released:
+            written[RELEASED, seat] = 1
+            self.sampler.unseat(seat)
+        self._written.copy_(_pinned(torch.from_numpy(written), self.device), non_blocking=True)
+        if plan.released:
+            update.release(self.pool, self._written[RELEASED] != 0)
+        if plan.clear:
+            self.pool.failed.zero_()
+
+    def _decode_by_graph(self, n: int) -> None:
+        self._graphs.run(n, lambda: self._decode(n, self.pool.page_table.shape[-1]))
+
+    def _decode(self, n: int, columns: int) -> None:
+        """One token of every active seat: what a CUDA graph holds."""
+        step = Step(self.attached.policy, self._tokens(n), None, columns)
+        self._logits[:n] = self._forward(step, self._next[:n], self._written[POSITIONS, :n], None)
+
+    def _mixed(self, n: int, plan: Plan) -> None:
+        """Chunks of prompts, behind the tokens of all seats if there are any."""
+        policy, pool, facts = self.attached.policy, self.pool, self.attached.facts
+        starts, counts = [feed.start for feed in plan.chunks], [feed.size for feed in plan.chunks]
+        chunks = extend.plan(pool, [feed.seat for feed in plan.chunks], starts, counts, facts.rotary)
+        ids, positions, last = (self._sent(x) for x in packed(plan, n))
+        tokens = None
+        if plan.tokens:
+            tokens = self._tokens(n)
+            ids = torch.cat([self._next[:n], ids])
+            positions = torch.cat([self._written[POSITIONS, :n], positions])
+        extend.reserve(pool, chunks)
+        recent = windows.seen(policy, facts.shape, plan.chunks, chunks.starts, self._sent)
+        step = Step(policy, tokens, Prompts(pool, chunks, recent), self._columns(plan))
+        self._logits[:n] = self._forward(step, ids, positions, last)
+        update.give_back(pool)
+
+    def _tokens(self, n: int) -> Tokens:
+        """The tokens of the first n seats, with pages and work planned for them."""
+        rows, facts, delay = self._widths[n], self.attached.facts, self.pool.delay
+        positions, active = self._written[POSITIONS, :n], self._written[ACTIVE, :n] != 0
+        decode.plan(rows.work, rows.pool.lengths, active)
+        update.reserve_token(rows.pool, positions, active)
+        turn = None
+        if delay is not None and delay.merges and facts.rotary is not None:
+            turn = reference.turn(positions - delay.tokens, facts.rotary, torch.float32)
+        return Tokens(rows.pool, positions, active, rows.work, turn)
+
+    def _forward(self, step: Step, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
+        """Logits [n, V] after tokens ids [T] at positions [T]; last: [n] where those of each seat end; None: all."""
+        out = self.attached.model(
+            input_ids=ids[None],
+            position_ids=positions.long()[None],
+            use_cache=False,
+            logits_to_keep=0 if last is None else last,
+            kvpleat_step=step,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _draw(self, n: int, mode: Mode) -> tuple[Tensor, Sampled]:
+        """Draw a token for every seat, and keep it for the next step where one was wanted and the step went well."""
+        pool, written = self._widths[n].pool, self._written[:, :n]
+        sampled = self.sampler.sample(self._logits[:n], self._seats[:n], written[NUMBERS].long(), mode)
+        wanted = (written[DRAWS] != 0) & (pool.failed == 0)
+        self._next[:n] = torch.where(wanted, sampled.tokens.clamp(min=0), self._next[:n])
+        held = pool.num_pages.sum((1, 2))
+        return torch.cat([pool.free_count.long(), pool.failed.long(), held, sampled.tokens]), sampled
+
+    # ---- between host and device
+
+    def collect(self, launched: Launched) -> tuple[Counters, list[tuple[Feed, int, TokenLogprobs | None]]]:
+        """What became of a step: waits for its end. Counters, and of each row that drew its token (NO_TOKEN: there was
+        none to choose)."""
+        if launched.done is not None:
+            launched.done.synchronize()
+        free, missing, *rest = launched.counted.tolist()
+        held, tokens = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        drawn = [
+            (feed, tokens[feed.seat], _logprobs(launched.sampled, feed.row, feed.seat))
+            for feed in launched.plan.feeds
+            if feed.draws
+        ]
+        return Counters(free, missing, held), drawn
+
+    def _columns(self, plan: Plan) -> int:
+        """Pages of the longest stream that there can be; on a GPU nobody reads more than lengths say."""
+        if self.device.type == "cuda":
+            return self.pool.page_table.shape[-1]
+        return -(-max(feed.start + feed.size for feed in plan.feeds) // self.pool.shape.page_size)
+
+    def _sent(self, x: Tensor) -> Tensor:
+        return _pinned(x, self.device).to(self.device, non_blocking=True)
+
+    def _event(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def close(self) -> None:
+        """Let go of graphs, which hold on to the memory of their tensors."""
+        self._graphs.clear()
+
+
+def ladder(most: int) -> list[int]:
+    """Widths of steps: powers of two, and `most`."""
+    sizes = [1 << i for i in range(most.bit_length()) if 1 << i < most]
+    return [*sizes, most]
+
+
+def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and positions [T] of the chunks, one after the other, and [n] the last token of each seat in the batch: 0
+    where none is drawn."""
+    tokens: list[int] = []
+    positions = [np.arange(feed.start, feed.start + feed.size, dtype=np.int32) for feed in plan.chunks]
+    last = np.zeros(n, dtype=np.int64)
+    before = n if plan.tokens else 0
+    for feed in plan.tokens:
+        last[feed.seat] = feed.seat
+    for feed in plan.chunks:
+        tokens += feed.row.tokens[feed.start : feed.start + feed.size]
+        last[feed.seat] = before + len(tokens) - 1
+    return torch.tensor(tokens), torch.from_numpy(np.concatenate(positions)), torch.from_numpy(last)
+
+
+def _pinned(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory() if device.type == "cuda" else x
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy on the host, without waiting for it."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
+    return host.copy_(x, non_blocking=True)
+
+
+def _logprobs(sampled: Sampled | None, row: Row, seat: int) -> TokenLogprobs | None:
+    """What a row asked for of what all get."""
+    wanted = row.request.params.logprobs
+    if sampled is None or wanted is None:
+        return None
+    assert sampled.ids is not None
+    assert sampled.logprobs is not None
+    assert sampled.ranks is not None
+    count = sampled.ids.shape[1] if wanted == -1 else wanted + 1
+    ids, logprobs = (tuple(x[seat, :count].tolist()) for x in (sampled.ids, sampled.logprobs))
+    return TokenLogprobs(ids, logprobs, int(sampled.ranks[seat]))
+
+
+__all__ = ["NO_TOKEN", "Launched", "Runner", "ladder", "packed"]

@@ -1,0 +1,193 @@
+"""Who runs in a step, and with how many tokens: whole numbers on the host, which knows what the device counted one step
+late.
+
+A step holds one token of every row that decodes, and chunks of prompts with what is left of its budget of tokens. The
+host does not wait: it plans a step while the one before it runs, as if that had gone well and nothing had ended in it.
+
+Pages are counted twice. What a policy is expected to hold, corrected by what rows were seen to hold, says who is
+admitted. What a step really takes is settled on the device: a step that lacks pages changes nothing and says so one
+step late. Then it and the one planned since are taken back, the youngest rows give their pages up, wait at the head of
+the queue with all tokens they have, and feed them again. A row that lacks pages even alone ends with "memory".
+"""
+
+from collections import deque
+
+from kvpleat.engine.rows import Counters, Feed, Limits, Plan, Row
+
+AHEAD = 64  # tokens that every row should be able to go on for when another one is admitted
+CAUTIOUS = 32  # steps in which every stream is reckoned to take a page, after a chunk found too few
+SCALES = (0.125, 8.0)  # how far from what is expected rows are believed to be
+
+
+class Scheduler:
+    """Rows that wait and rows that run, both in order of arrival.
+
+    Attributes:
+        limits: what there is. waiting, running: rows. preemptions: how often a row gave its pages up.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        self.preemptions = 0
+        self._seats = list(range(limits.seats))  # free ones
+        self._leaving: list[tuple[int, Row]] = []  # to be released
+        self._free = limits.pages  # pages after the last step that ended, with those of rows that left since
+        self._under_way = 0  # pages that the step which runs is reckoned to take
+        self._clear = False
+        self._caution = 0
+        self._scale = 1.0  # pages that rows were seen to hold, over what was expected
+
+    def add(self, row: Row) -> None:
+        """Let a row wait."""
+        self.waiting.append(row)
+
+    def finish(self, row: Row, reason: str) -> None:
+        """A row ends; its seat and pages are free with the next step."""
+        row.reason = reason
+        if row.seat is None:
+            self.waiting.remove(row)
+        else:
+            self._leave(row)
+
+    def schedule(self, runs: bool) -> Plan:
+        """The next step. runs: whether another one is under way."""
+        plan = Plan(self._leaving, self._clear, self._caution > 0)
+        self._leaving, self._clear, self._caution = [], False, max(0, self._caution - 1)
+        self._empty(plan.released)
+        if not runs and not self.running:
+            self._free = self.limits.pages
+        free = self._free - (self._under_way if runs else 0)
+        for row in self.running:
+            if row.decodes:
+                plan.pages += self._growth(row, plan.cautious)
+                plan.tokens.append(self._feed(plan, row, 1))
+        if self._go_on_with_prompts(plan, free):
+            self._admit(plan, free)
+        if self.running and not plan.size and not runs:
+            self._make_progress(plan)
+        self._under_way = plan.pages
+        return plan
+
+    def _empty(self, released: list[tuple[int, Row]]) -> None:
+        self._free += sum(row.held for _, row in released)
+        self._seats += [seat for seat, _ in released]
+        self._seats.sort(reverse=True)  # the lowest is taken first: steps are as wide as the highest in use
+
+    def _go_on_with_prompts(self, plan: Plan, free: int) -> bool:
+        """Chunks of rows that are in the middle of their prompts. Returns whether all of them could go on."""
+        return all(row.fed >= row.goal or self._chunk(plan, row, free) for row in self.running)
+
+    def _admit(self, plan: Plan, free: int) -> None:
+        """Rows that wait get seats, in order, while there are seats, tokens, and pages for all to go on a while."""
+        owed = sum(max(0, self._needs(row) - row.held) for row in self.running) if self.waiting and self._seats else 0
+        while self.waiting and self._seats:
+            row = self.waiting[0]
+            owed += self._needs(row)
+            if self.running and owed > free:
+                return
+            row.seat = self._seats[-1]
+            if not self._chunk(plan, row, free):
+                row.seat = None
+                return
+            self._seats.pop()
+            self.running.append(self.waiting.popleft())
+            plan.seated.append(row)
+
+    def _chunk(self, plan: Plan, row: Row, free: int) -> bool:
+        """As much of a row's prompt as there are tokens and pages for. Returns whether that is anything."""
+        fitting = max(0, free - plan.pages) // self.limits.streams * self.limits.page_size
+        count = min(row.goal - row.fed, self.limits.step_tokens - plan.size, fitting)
+        if count > 0:
+            plan.pages += self.limits.most_pages(count)
+            plan.chunks.append(self._feed(plan, row, count))
+        return count > 0
+
+    def _make_progress(self, plan: Plan) -> None:
+        """Nobody decodes, nothing runs, and there are too few pages for whoever is in the middle of a prompt."""
+        while len(self.running) > 1 and self._free < self.limits.streams:
+            self._preempt()
+            plan.released.append(self._leaving[-1])
+            self._empty([self._leaving.pop()])
+        if not self._chunk(plan, self.running[0], self._free):
+            plan.chunks.append(self._feed(plan, self.running[0], 1))  # there may be room in the pages that it has
+
+    def _feed(self, plan: Plan, row: Row, count: int) -> Feed:
+        assert row.seat is not None
+        draws = row.fed + count == row.drawn
+        feed = Feed(row, row.seat, row.fed, count, draws, row.drawn - len(row.request.prompt))
+        row.fed += count
+        row.drawn += draws
+        plan.size += count
+        return feed
+
+    # ---- what became of a step
+
+    def settle(self, plan: Plan, counters: Counters, later: Plan | None) -> bool:
+        """Take in what the device counted at the end of a step.
+
+        Args:
+            later: the step that was planned since, if one was.
+
+        Returns:
+            whether the step went well. If not, nothing of it, nor of the later one, has happened, but that rows left.
+        """
+        new = set(later.seated) if later else set()
+        for row in self.running:
+            if row.seat is not None and row not in new:
+                row.held = counters.held[row.seat]
+        self._free = counters.free + sum(row.held for _, row in (later.released if later else []))
+        if counters.missing:
+            for feed in reversed([*plan.feeds, *(later.feeds if later else [])]):
+                feed.row.drawn -= feed.draws
+                feed.row.fed = feed.start
+            self._give_way(plan, counters.missing)
+            return False
+        held = sum(counters.held[feed.seat] for feed in plan.tokens)
+        expected = sum(self.limits.pages_for(feed.start + 1) for feed in plan.tokens)
+        if held and expected:
+            self._scale = min(max(held / expected, SCALES[0]), SCALES[1])
+        return True
+
+    def _give_way(self, plan: Plan, missing: int) -> None:
+        """Too few pages by `missing`: a chunk waits and is reckoned with care, or the youngest rows go."""
+        self._clear = True
+        if plan.chunks and not plan.cautious and len(self.running) > 1:
+            self._caution = CAUTIOUS
+            return
+        missing -= sum(row.held for _, row in self._leaving)
+        while missing > 0 and len(self.running) > 1:
+            missing -= self._preempt().held
+        if missing > 0 and self.running:
+            self.finish(self.running[0], "memory")
+
+    def _preempt(self) -> Row:
+        """The youngest row gives up its seat and pages, and waits at the head of the queue. No step is under way that
+        could draw a token of it."""
+        row = self.running[-1]
+        self._leave(row)
+        self.preemptions += 1
+        row.needs = max(row.needs, row.held)
+        row.fed, row.goal, row.drawn = 0, len(row.tokens), len(row.tokens)
+        self.waiting.appendleft(row)
+        return row
+
+    def _leave(self, row: Row) -> None:
+        assert row.seat is not None
+        self._leaving.append((row.seat, row))
+        row.seat = None
+        self.running.remove(row)
+
+    # ---- pages
+
+    def _needs(self, row: Row) -> int:
+        """Pages with which a row should be able to go on a while."""
+        tokens = min(max(row.goal, row.fed) + AHEAD, row.limit)
+        return max(row.needs, round(self._scale * self.limits.pages_for(tokens)))
+
+    def _growth(self, row: Row, cautious: bool) -> int:
+        """Pages that a row's next token is reckoned to take."""
+        if cautious:
+            return self.limits.streams
+        return round(self._scale * (self.limits.pages_for(row.fed + 1) - self.limits.pages_for(row.fed)))

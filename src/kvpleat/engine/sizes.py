@@ -1,0 +1,89 @@
+"""How much there is of everything: pages for the memory that was given, the longest sequence, and whether it fits."""
+
+import functools
+import re
+
+import torch
+
+from kvpleat import accounting
+from kvpleat.cache.memory import physical_memory
+from kvpleat.engine.rows import Limits
+from kvpleat.errors import OptionError
+from kvpleat.hf.families import ModelFacts
+from kvpleat.policies.base import Policy
+
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+GPU_SHARE, CPU_SHARE = 0.8, 0.25  # of the memory that is free, or that the machine has
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes from a number or from text such as "20GiB" (powers of two) or "20 GB" (of ten).
+
+    Raises:
+        OptionError: it is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if found is None or found[2].upper() not in UNITS or isinstance(text, bool):
+        raise OptionError(f'kv_memory={text!r} is no amount of memory. Pass bytes, or text such as "20GiB".')
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def memory_for(kv_memory: int | str | None, device: torch.device) -> int:
+    """Bytes for pages: what was asked for, or four fifths of a GPU's free memory, or a quarter of the machine's."""
+    if kv_memory is not None:
+        return parse_bytes(kv_memory)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+    return int(physical_memory() * CPU_SHARE)
+
+
+def check_counts(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """Refuse steps that could not hold a token of every request, or none."""
+    if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs:
+        raise OptionError(
+            f"max_num_seqs={max_num_seqs}, max_num_batched_tokens={max_num_batched_tokens}: a step holds a token of "
+            "every request that runs. Pass at least 1, and no fewer tokens than requests."
+        )
+
+
+def length_for(max_model_len: int | None, facts: ModelFacts) -> int:
+    """Longest sequence in tokens."""
+    if max_model_len is None:
+        return facts.max_positions
+    if not 2 <= max_model_len <= facts.max_positions:
+        raise OptionError(
+            f"max_model_len={max_model_len}: this {facts.family} model knows {facts.max_positions} positions, and a "
+            "sequence has a prompt and an answer. Pass 2 or more, or None for all that it knows."
+        )
+    return max_model_len
+
+
+def limits(
+    policy: Policy, facts: ModelFacts, kv_memory: int | str | None, seats: int, step_tokens: int, length: int
+) -> Limits:
+    """What the scheduler shares out.
+
+    Raises:
+        OptionError: not even one sequence of `length` tokens is expected to fit.
+    """
+    shape, memory = facts.shape, memory_for(kv_memory, facts.device)
+    most = seats * shape.num_streams * -(-length // shape.page_size)  # all that could ever be used
+    found = Limits(
+        seats=seats,
+        step_tokens=step_tokens,
+        length=length,
+        pages=min(memory // accounting.page_bytes(shape), most),
+        page_size=shape.page_size,
+        streams=shape.num_streams,
+        expected=functools.cache(lambda tokens: policy.expected_entries(tokens, shape)),
+    )
+    needed = min(found.pages_for(length) + shape.num_streams, most)
+    if found.pages < needed:
+        page = accounting.page_bytes(shape)
+        raise OptionError(
+            f"kv_memory={kv_memory!r} holds {found.pages} pages of {accounting.human_bytes(page)}, and one sequence of "
+            f"{length} tokens is expected to need {needed} under {policy.name}, so it could not end. Pass at least "
+            f'kv_memory="{-(-needed * page // 2**20)}MiB", a smaller max_model_len, or a policy that keeps less.'
+        )
+    return found
