@@ -70,9 +70,9 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_defaults_are_those_of_the_recipe(place: Path, taught: dict[str, Any]) -> None:
     model, out = ["--model", str(place / "tiny"), "--device", "cpu"], ["--out", str(place / "out")]
-    result = invoke(*model, *out, "--data", str(place / "train.txt"), "--length", "512")
+    result = invoke(*model, *out, "--data", str(place / "train.txt"), "--length", "512", "--ratio", "1.5")
     assert result.exit_code == 0, result.stderr
-    assert taught["recipe"] == Recipe(length=512)
+    assert taught["recipe"] == Recipe(length=512, ratios=(1.5,))
     assert (taught["resume"], taught["save_every"], taught["deadline_s"]) == (True, 100, None)
     assert taught["held_out"] is None
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -66,6 +67,15 @@ def test_ramp_then_cosine() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "rate"),
+    [({"train": "lora"}, 1.5e-3), ({"train": "full"}, 5e-5), ({"train": "full", "model_rate": 0.25}, 0.25)],
+)
+def test_rate_of_what_is_trained(options: dict[str, Any], rate: float) -> None:
+    """All weights take a smaller one than adapters, unless it is named."""
+    assert Recipe(**options).weights_rate == rate
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"train": "all"}, "train='all'"),
@@ -75,8 +85,9 @@ def test_ramp_then_cosine() -> None:
         ({"ratios": (2.0, 2.0)}, r"ratios=\(2.0, 2.0\)"),
         ({"ratios": (0.5,)}, "ratio=0.5"),
         ({"ratios": (2.0, 4.0), "steps": 1}, "steps=1 for 2 ratios"),
-        ({"ratios": (8.0,), "length": 256}, "ratio=7.6 with delay=64 at length=256"),
-        ({"method": "dmc"}, "delay=64 for dmc"),
+        ({"ratios": (8.0,), "length": 256}, "ratio=7.6 with delay=256 at length=256"),
+        ({"ratios": (8.0,), "length": 1024}, "ratio=7.6 with delay=256 at length=1024"),
+        ({"method": "dmc"}, "delay=256 for dmc"),
         ({"rows": 0}, "rows=0"),
         ({"accumulate": 0}, "accumulate=0"),
         ({"margin": 0.4}, "margin=0.4"),

@@ -17,6 +17,7 @@ from kvpleat.errors import OptionError
 from kvpleat.hf.families import describe
 from kvpleat.hf.models import LoadedModel
 from kvpleat.retrofit import Recipe, data_sources, held_out, load_tokens, mixture, retrofit
+from kvpleat.retrofit.config import MODEL_RATES
 from kvpleat.retrofit.data_held_out import ROWS
 from kvpleat.retrofit.data_store import TokenStore
 
@@ -56,9 +57,13 @@ def retrofit_(
         typer.Option(min=0, help=f"Tokens that a marked entry stays for (default: {DEFAULT['delay']}; dmc: 0)."),
     ] = None,
     rate: Annotated[float, typer.Option(min=0, help="Learning rate of the gates.")] = DEFAULT["rate"],
-    model_rate: Annotated[float, typer.Option(min=0, help="Learning rate of adapters or weights.")] = DEFAULT[
-        "model_rate"
-    ],
+    model_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help=f"Learning rate of adapters (default: {MODEL_RATES['lora']:g}) or weights ({MODEL_RATES['full']:g}).",
+        ),
+    ] = None,
     margin: Annotated[
         float, typer.Option(help="What is asked for, as a share of --ratio; rows overshoot it.")
     ] = DEFAULT["margin"],

@@ -64,7 +64,7 @@ class Arm:
     def reset_optimizer(self) -> None:
         """An optimiser that has seen nothing."""
         recipe = self.recipe
-        groups = [{"params": list(self.student.model.parameters()), "lr": recipe.model_rate}]
+        groups = [{"params": list(self.student.model.parameters()), "lr": recipe.weights_rate}]
         if self.compressed:
             groups.append({"params": list(self.student.gates.parameters()), "lr": recipe.rate})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)

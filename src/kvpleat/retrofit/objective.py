@@ -185,13 +185,12 @@ def target_share(ratio: float, delay: int, length: int) -> float:
         OptionError: the waiting entries alone are more than that.
     """
     waiting = (delay + 1) / length if delay else 0.0
-    share = (1 - 1 / ratio) / (1 - waiting)
-    if share >= 1:
+    if 1 - 1 / ratio >= 1 - waiting:
         raise OptionError(
             f"ratio={ratio:g} with delay={delay} at length={length}: the {delay + 1} entries that wait are more than "
             f"1/{ratio:g} of the text. Train on longer rows, or lower the delay."
         )
-    return share
+    return (1 - 1 / ratio) / (1 - waiting)
 
 
 def too_little(share: Tensor, target: float) -> Tensor:

@@ -90,7 +90,7 @@ class Run:
         gates = [p for name, p in trained.items() if name.startswith("gates.")]
         rest = [p for name, p in trained.items() if not name.startswith("gates.")]
         groups = [{"params": gates, "lr": self.recipe.rate, "eps": GATES_EPS}]
-        return groups + ([{"params": rest, "lr": self.recipe.model_rate}] if rest else [])
+        return groups + ([{"params": rest, "lr": self.recipe.weights_rate}] if rest else [])
 
     def advance(self) -> Figures:
         """One optimiser step."""
