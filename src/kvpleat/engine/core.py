@@ -41,7 +41,7 @@ class EngineCore:
         AttachError: the model has a policy attached already.
 
     Attributes:
-        max_model_len: in tokens. scheduler: who waits and runs.
+        max_model_len: in tokens. scheduler: who waits and runs. runner: what lives on the device.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class EngineCore:
                 self._attached.policy, facts, kv_memory, max_num_seqs, max_num_batched_tokens, self.max_model_len
             )
             self.scheduler = Scheduler(limits)
-            self._runner = Runner(
+            self.runner = Runner(
                 self._attached, limits.pages, max_num_seqs, self.max_model_len, self._end_ids, enforce_eager
             )
         except BaseException:
@@ -123,14 +123,14 @@ class EngineCore:
         plan = self.scheduler.schedule(runs=self._runs is not None and not self._void)
         launched = None
         if plan.feeds:
-            launched = self._runner.launch(plan)
+            launched = self.runner.launch(plan)
         elif plan.released or plan.clear:
-            self._runner.release(plan)
+            self.runner.release(plan)
         before, self._runs = self._runs, launched
         if before is None or self._void:
             self._void = False
             return []
-        counters, drawn = self._runner.collect(before)
+        counters, drawn = self.runner.collect(before)
         if self.scheduler.settle(before.plan, counters, plan):
             return [x for feed, token, logprobs in drawn if (x := self._take(feed, token, logprobs)) is not None]
         self._void = launched is not None
@@ -181,9 +181,9 @@ class EngineCore:
     def close(self) -> None:
         """End everything, free the memory, and put the model back as it was. Twice is no error."""
         self._attached.close()
-        if hasattr(self, "_runner"):
-            self._runner.close()
-            del self._runner
+        if hasattr(self, "runner"):
+            self.runner.close()
+            del self.runner
         self._rows, self._runs = {}, None
 
 

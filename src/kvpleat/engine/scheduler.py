@@ -63,7 +63,7 @@ class Scheduler:
             if row.decodes:
                 plan.pages += self._growth(row, plan.cautious)
                 plan.tokens.append(self._feed(plan, row, 1))
-        if self._go_on_with_prompts(plan, free):
+        if self._go_on_with_prompts(plan, free) and not (plan.clear and self.running):
             self._admit(plan, free)
         if self.running and not plan.size and not runs:
             self._make_progress(plan)
@@ -137,12 +137,13 @@ class Scheduler:
         for row in self.running:
             if row.seat is not None and row not in new:
                 row.held = counters.held[row.seat]
-        self._free = counters.free + sum(row.held for _, row in (later.released if later else []))
+        left = sum(row.held for _, row in (later.released if later else []))
+        self._free = counters.free + left
         if counters.missing:
             for feed in reversed([*plan.feeds, *(later.feeds if later else [])]):
                 feed.row.drawn -= feed.draws
                 feed.row.fed = feed.start
-            self._give_way(plan, counters.missing)
+            self._give_way(plan, counters, left)
             return False
         held = sum(counters.held[feed.seat] for feed in plan.tokens)
         expected = sum(self.limits.pages_for(feed.start + 1) for feed in plan.tokens)
@@ -150,16 +151,18 @@ class Scheduler:
             self._scale = min(max(held / expected, SCALES[0]), SCALES[1])
         return True
 
-    def _give_way(self, plan: Plan, missing: int) -> None:
-        """Too few pages by `missing`: a chunk waits and is reckoned with care, or the youngest rows go."""
+    def _give_way(self, plan: Plan, counters: Counters, left: int) -> None:
+        """There were too few pages: a chunk waits and is reckoned with care, or the youngest rows go. left: pages of
+        rows that have left since."""
         self._clear = True
         if plan.chunks and not plan.cautious and len(self.running) > 1:
             self._caution = CAUTIOUS
             return
-        missing -= sum(row.held for _, row in self._leaving)
+        missing = counters.missing - left - sum(row.held for _, row in self._leaving)
         while missing > 0 and len(self.running) > 1:
             missing -= self._preempt().held
-        if missing > 0 and self.running:
+        alone = self.running and counters.free + self.running[0].held == self.limits.pages
+        if missing > 0 and alone:
             self.finish(self.running[0], "memory")
 
     def _preempt(self) -> Row:
@@ -168,7 +171,7 @@ class Scheduler:
         row = self.running[-1]
         self._leave(row)
         self.preemptions += 1
-        row.needs = max(row.needs, row.held)
+        row.needs = max(row.needs, row.held + self.limits.streams)
         row.fed, row.goal, row.drawn = 0, len(row.tokens), len(row.tokens)
         self.waiting.appendleft(row)
         return row
