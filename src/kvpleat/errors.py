@@ -8,6 +8,7 @@ KvpleatError
 ├── CacheError         (RuntimeError)     a cache is used in a way its state does not allow
 ├── CacheFileError     (ValueError)       a saved cache is damaged, truncated, foreign, or could not be written
 ├── OutOfPagesError    (MemoryError)      the page pool cannot grow any further
+├── EngineError        (RuntimeError)     the engine has failed or was closed, and with it the requests it had
 ├── NumericsError      (ArithmeticError)  NaN or infinite values reached a policy or the output
 ├── PeerError          (RuntimeError)     another library that is measured beside kvpleat failed
 └── JudgeError         (RuntimeError)     a measurement failed its own check, so its figures are not given out
@@ -44,6 +45,10 @@ class CacheFileError(KvpleatError, ValueError):
 
 class OutOfPagesError(KvpleatError, MemoryError):
     """The page pool cannot grow any further."""
+
+
+class EngineError(KvpleatError, RuntimeError):
+    """The engine has failed or was closed, and with it the requests it had."""
 
 
 class NumericsError(KvpleatError, ArithmeticError):
