@@ -691,3 +691,75 @@ def test_deltas_join() -> None:
     second = delta(True, CompletionOutput(0, "z", [7]), CompletionOutput(1, "y", [6], -3.0, [b], "stop", "q"))
     whole = delta(True, CompletionOutput(0, "z", [7]), CompletionOutput(1, "xy", [5, 6], -3.0, [a, b], "stop", "q"))
     assert joined(first, second) == whole
+
+
+# ---- over the real core
+
+
+@pytest.fixture(scope="module")
+def tiny() -> base.models.LoadedModel:
+    return tokenizers.byte_model.load()
+
+
+SMALL: dict[str, Any] = {"kv_memory": "96KiB", "max_num_seqs": 3, "max_num_batched_tokens": 48, "max_model_len": 300}
+PROMPTS = ["hello world", "the quick brown fox jumps over the lazy dog. " * 4, "x", "Grüße 🙂", "hello world"]
+
+
+def test_greedy_answers_are_those_of_transformers(tiny: base.models.LoadedModel) -> None:
+    """With prompts in pieces and decoding mixed; their log probabilities too; the model is left as it was."""
+    implementation = tiny.model.config._attn_implementation
+    with LLM(tiny, **SMALL) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=15, logprobs=2, ignore_eos=True))
+    assert tiny.model.config._attn_implementation == implementation
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([encode(tiny.tokenizer, prompt)])
+        options = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+        (sample,) = output.outputs
+        assert sample.token_ids == expected[ids.shape[1] :].tolist()
+        logits = tiny.model(expected[None]).logits[0, ids.shape[1] - 1 : -1].double()
+        assert sample.logprobs is not None
+        for row, token, found in zip(logits.log_softmax(-1), sample.token_ids, sample.logprobs, strict=True):
+            assert found[token].logprob == pytest.approx(float(row[token]), abs=1e-3)
+            assert found[token].rank == 1
+            assert list(found)[:2] == row.topk(2).indices.tolist()
+
+
+def test_samples_are_the_same_alone_in_a_batch_and_streamed(tiny: base.models.LoadedModel) -> None:
+    """With seeds of their own; and without, where the engine's seed decides."""
+    params = SamplingParams(n=2, seed=5, temperature=0.9, top_p=0.9, top_k=50, min_p=0.01, max_tokens=25)
+
+    def said(output: RequestOutput) -> list[list[int]]:
+        return [sample.token_ids for sample in output.outputs]
+
+    with LLM(tiny, **SMALL) as llm:
+        together = [said(output) for output in llm.generate(PROMPTS, params)]
+        assert together == [said(llm.generate(prompt, params)[0]) for prompt in PROMPTS]
+    assert together[0] == together[-1]
+    assert together[0][0] != together[0][1]
+
+    async def main() -> list[list[list[int]]]:
+        async with AsyncLLM(tiny, **SMALL) as served:
+            outputs = await asyncio.gather(*(stream(served, prompt, params) for prompt in PROMPTS))
+            return [said(each[-1]) for each in outputs]
+
+    assert asyncio.run(main()) == together
+    unseeded = dataclasses.replace(params, seed=None)
+    found = []
+    for seed in (1, 1, 2):
+        with LLM(tiny, seed=seed, **SMALL) as llm:
+            found.append([said(output) for output in llm.generate(PROMPTS, unseeded)])
+    assert found[0] == found[1] != found[2]
+    assert found[0][0] != found[0][-1], "the same prompt twice is two requests"
+
+
+def test_stop_strings_end_real_requests_early(tiny: base.models.LoadedModel) -> None:
+    """The seats they leave serve those who wait."""
+    params = SamplingParams(seed=1, max_tokens=60, ignore_eos=True)
+    with LLM(tiny, **SMALL) as llm:
+        whole = [output.outputs[0].text for output in llm.generate(PROMPTS, params)]
+        stops = [text[8:11] for text in whole]
+        each = [dataclasses.replace(params, stop=stop) for stop in stops]
+        for text, stop, output in zip(whole, stops, llm.generate(PROMPTS, each), strict=True):
+            assert output.outputs[0].text == text[: text.index(stop)]
+            assert output.outputs[0].stop_reason == stop
