@@ -67,7 +67,8 @@ class Device:
             self.failed = wanted - self.free
         if not self.failed:
             self.feed(plan)
-        held = [self.pages(seat) for seat in range(self.limits.seats)]
+        wide = 1 + max((feed.seat for feed in plan.feeds), default=0)
+        held = [self.pages(seat) for seat in range(wide)]
         return Counters(self.free, self.failed, held), list(self.next)
 
     def feed(self, plan: Plan) -> None:

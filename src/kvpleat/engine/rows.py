@@ -36,7 +36,7 @@ class Limits:
 
 class Counters(NamedTuple):
     """What the device counted at the end of a step: free pages; pages that were missing, 0 if it went well; pages that
-    the row in each seat holds."""
+    the row in each seat holds, as far as the step was wide."""
 
     free: int
     missing: int

@@ -135,7 +135,7 @@ class Scheduler:
         """
         new = set(later.seated) if later else set()
         for row in self.running:
-            if row.seat is not None and row not in new:
+            if row.seat is not None and row.seat < len(counters.held) and row not in new:
                 row.held = counters.held[row.seat]
         left = sum(row.held for _, row in (later.released if later else []))
         self._free = counters.free + left
