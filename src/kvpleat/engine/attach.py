@@ -1,6 +1,5 @@
 """The engine on a model: what is set and hooked while it lives, and taken off again by `close`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +10,11 @@ from kvpleat.engine.attention import IMPLEMENTATION, attention_forward
 from kvpleat.errors import AttachError, UnsupportedError
 from kvpleat.hf import adapters, borrowed
 from kvpleat.hf.attention import IMPLEMENTATION as OF_COMPRESS
-from kvpleat.hf.families import ModelFacts, attention_modules, describe
+from kvpleat.hf.families import ModelFacts, attention_modules, decoder_layers, describe
 from kvpleat.policies.base import Policy
 from kvpleat.types import KVShape, Phase
+
+HOOK = -1  # one key in all modules: to torch.compile layers then look alike
 
 
 class Attached:
@@ -22,11 +23,15 @@ class Attached:
     Everything goes through transformers' own interfaces: the name of an attention implementation in the model's
     config, hooks that ask gates, and a LoRA that is merged. No mask function goes with that name, so no mask is made.
 
+    Args:
+        compile: whether torch.compile fuses what layers do around attention and gates. All layers share what is
+            compiled, for any number of tokens.
+
     Attributes:
         model: the causal LM. facts: what is known of it. policy: the policy, its gates loaded.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, page_size: int) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, page_size: int, compile: bool = False) -> None:
         self.model: Any = model
         facts = describe(self.model, page_size)
         refuse_model(facts)
@@ -46,9 +51,9 @@ class Attached:
             )
         self._merged: adapters.Merged | None = None
         self._handles: list[Any] = []
-        self._attach()
+        self._attach(compile)
 
-    def _attach(self) -> None:
+    def _attach(self, compile: bool) -> None:
         AttentionInterface.register(IMPLEMENTATION, attention_forward)
         try:
             if self.policy.adapter is not None:
@@ -57,12 +62,24 @@ class Attached:
             self._handles = borrowed.register(self.facts, self.policy)
             if self.policy.delayed is not None:
                 self.policy.to_device(self.facts.device)
-                for layer, module in enumerate(attention_modules(self.facts)):
-                    hook = _asking(self.policy, layer)
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                for module in attention_modules(self.facts):
+                    module._forward_pre_hooks[HOOK] = self._ask  # what register_forward_pre_hook does, but for the key
+                    module._forward_pre_hooks_with_kwargs[HOOK] = True
+            for layer in decoder_layers(self.facts) if compile else ():
+                layer._compiled_call_impl = torch.compile(layer._call_impl, dynamic=True)  # as nn.Module.compile does
         except BaseException:
             self.close()
             raise
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _ask(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before an attention module: what gates put out goes along to the attention function."""
+        if "kvpleat_step" not in kwargs:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, "kvpleat_said": self.policy.logits(int(module.layer_idx), hidden)}
 
     def check(self) -> None:
         """Raise AttachError where somebody else took the model over."""
@@ -78,28 +95,16 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for module in attention_modules(self.facts):
+            module._forward_pre_hooks.pop(HOOK, None)
+            module._forward_pre_hooks_with_kwargs.pop(HOOK, None)
+        for layer in decoder_layers(self.facts):
+            layer._compiled_call_impl = None
         if self._merged is not None:
             self._merged.undo()
             self._merged = None
         if self.model.config._attn_implementation == IMPLEMENTATION:
             self.model.set_attn_implementation(self._original)
-
-
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
-
-
-def _asking(policy: Policy, layer: int) -> Hook:
-    """A hook before the attention module of one layer: what gates put out goes along to the attention function."""
-
-    def ask(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if "kvpleat_step" not in kwargs:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, "kvpleat_said": policy.logits(layer, hidden)}
-
-    return ask
 
 
 def refuse_model(facts: ModelFacts) -> None:

@@ -48,9 +48,10 @@ class Prompts:
     recent: Recent | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """One forward, as all its layers see it: tokens come first, then prompts; one of them may be missing.
+    """One forward, as all its layers see it: tokens come first, then prompts; one of them may be missing. Not frozen:
+    torch.compile would look at all that is in it.
 
     Args:
         policy: of the model. columns: pages of a stream that this step can reach, for those who read them all.
@@ -62,6 +63,7 @@ class Step:
     columns: int
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # layers differ in it, and share the rest
 def attention_forward(
     module: nn.Module,
     query: Tensor,

@@ -33,6 +33,7 @@ class EngineCore:
         max_num_seqs: requests that run at a time. max_num_batched_tokens: of a step.
         max_model_len: longest sequence, prompt and output; None: what the model knows.
         seed: of requests that bring none. enforce_eager: no CUDA graphs.
+        compile: whether torch.compile fuses what the model's layers do around attention.
         max_logprobs: most that a request may ask for; -1: any number.
         page_size: entries of a page, 16 or 32.
 
@@ -57,9 +58,10 @@ class EngineCore:
         enforce_eager: bool = False,
         max_logprobs: int = 20,
         page_size: int = 16,
+        compile: bool = False,
     ) -> None:
         sizes.check_counts(max_num_seqs, max_num_batched_tokens)
-        self._attached = Attached(model, policy, page_size)
+        self._attached = Attached(model, policy, page_size, compile)
         try:
             facts = self._attached.facts
             self.max_model_len = sizes.length_for(max_model_len, facts)

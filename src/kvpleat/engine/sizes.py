@@ -30,7 +30,8 @@ def parse_bytes(text: int | str) -> int:
 
 
 def memory_for(kv_memory: int | str | None, device: torch.device) -> int:
-    """Bytes for pages: what was asked for, or four fifths of a GPU's free memory, or a quarter of the machine's."""
+    """Bytes for pages: what was asked for, or four fifths of a GPU's free memory, or a quarter of the machine's. No
+    more is taken of it than all seats can ever use."""
     if kv_memory is not None:
         return parse_bytes(kv_memory)
     if device.type == "cuda":
