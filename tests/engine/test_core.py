@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from kvpleat import accounting, compress
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Emitted, Request, SamplingParams
+from kvpleat.errors import AttachError, OptionError, UnsupportedError
 from kvpleat.hf.families import describe
 from kvpleat.kernels.device_pool import check_integrity
-from kvpleat.policies import DMC, DMS, Fold, Full, GateConfig, Gates, Window
+from kvpleat.policies import DMC, DMS, AttentionScore, Fold, Full, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
 from kvpleat.policies.learned import Learned
 from tests import models
@@ -30,8 +31,12 @@ LEARNED: dict[str, tuple[type[Learned], int, int | None]] = {
 POLICIES = [*LEARNED, "full", "window", "window that grows"]
 
 
-@functools.cache
 def model_of(family: str = "llama") -> Any:
+    return _model_of(family)
+
+
+@functools.cache
+def _model_of(family: str) -> Any:
     return models.tiny(family, dtype=torch.float32, num_hidden_layers=2)
 
 
@@ -214,3 +219,221 @@ def test_alone_without_memory() -> None:
         whole.run()
     assert 0 < len(engine.answers["long"]) < LONGEST
     assert engine.answers["long"] == whole.answers["long"][: len(engine.answers["long"])]
+
+
+# ---- how requests end
+
+
+def test_end_tokens() -> None:
+    """A request ends with the first end token, which is part of its answer; what is drawn after it is dropped."""
+    whole = alone("full", 37)
+    token = whole[9]
+    first = whole.index(token)
+    with Engine("full") as engine:
+        engine.add("stops", 37, stop_token_ids=[token])
+        engine.add("goes on", 37)
+        engine.add("waits", 37, stop_token_ids=[token], min_tokens=first + 2, ignore_eos=True)
+        engine.run()
+    assert engine.answers["stops"] == whole[: first + 1]
+    assert engine.answers["goes on"] == whole
+    assert token not in engine.answers["waits"][: first + 2]
+    assert engine.reasons == {"stops": "stop", "goes on": "length", "waits": engine.reasons["waits"]}
+
+
+def test_the_models_own_end_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its generation config, one or several, unless they are ignored."""
+    whole = alone("full", 37)
+    monkeypatch.setattr(model_of().generation_config, "eos_token_id", [whole[5], 2])
+    with Engine("full") as engine:
+        engine.add("stops", 37)
+        engine.add("ignores", 37, ignore_eos=True)
+        engine.run()
+    assert engine.answers == {"stops": whole[: whole.index(whole[5]) + 1], "ignores": whole}
+
+
+def test_model_length() -> None:
+    """An answer ends where the engine's sequences do."""
+    with Engine("full", max_model_len=40) as engine:
+        engine.add("long", 37, tokens=20)
+        engine.add("endless", 18, max_tokens=None)
+        engine.run()
+    assert engine.answers == {"long": alone("full", 37)[:3], "endless": alone("full", 18)[:22]}
+
+
+def test_cancel() -> None:
+    """Waiting or running, at once; unknown ids are no error; a name can be used again."""
+    with Engine("dms", max_num_seqs=1) as engine:
+        engine.add("runs", 37)
+        engine.add("waits", 37)
+        engine.add("stays", 18)
+        for _ in range(5):
+            engine.step()
+        for name in ("runs", "waits", "runs", "nobody"):
+            engine.core.cancel(name)
+        assert engine.core.unfinished == 1
+        engine.add("runs", 5)
+        engine.run()
+    assert engine.answers == {"runs": alone("dms", 5), "waits": [], "stays": alone("dms", 18)}
+
+
+# ---- what is drawn
+
+
+@pytest.mark.parametrize("kind", ["full", "fold"])
+def test_draws_depend_on_the_request_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a temperature: the same tokens alone, in a batch, and after preemption; other ones for another seed."""
+    options = {"temperature": 0.8, "top_p": 0.9, "tokens": 24}
+    lengths = [60, 33, 50, 33]
+
+    def answers(several: bool, pages: int = 100, **changed: Any) -> dict[str, list[int]]:
+        found, preempted = {}, 0
+        for group in [range(4)] if several else [[i] for i in range(4)]:
+            with Engine(kind, kv_memory=memory_of(kind, pages), max_model_len=100, **changed) as engine:
+                for i in group:
+                    engine.add(str(i), lengths[i], seed=i, **options)
+                engine.run()
+                preempted += engine.core.scheduler.preemptions
+            found |= engine.answers
+        assert bool(preempted) == (pages < 100)
+        return found
+
+    wanted = answers(several=False)
+    assert len({tuple(answer) for answer in wanted.values()}) == 4, "33 comes twice, with two seeds"
+    assert answers(several=True, max_num_batched_tokens=5) == wanted
+    monkeypatch.setattr("kvpleat.engine.scheduler.SCALES", (0.125, 0.125))
+    assert answers(several=True, pages={"full": 34, "fold": 24}[kind], max_num_batched_tokens=64) == wanted
+
+
+def test_seeds_of_the_engine() -> None:
+    """Requests without a seed draw by the engine's, each its own way, and the same in the next engine."""
+
+    def answers(seed: int) -> list[list[int]]:
+        with Engine("full", seed=seed) as engine:
+            for i in range(3):
+                engine.add(str(i), 18, 12, temperature=1.0)
+            engine.run()
+        return list(engine.answers.values())
+
+    first = answers(0)
+    assert answers(0) == first
+    assert len({tuple(x) for x in [*first, *answers(1)]}) == 6
+
+
+def test_logprobs() -> None:
+    """Each request gets as many as it asked for, of the model itself."""
+    with Engine("full") as engine:
+        engine.add("three", 37, 8, logprobs=3)
+        engine.add("own", 18, 8, logprobs=0, temperature=0.9, seed=1)
+        engine.add("none", 5, 8)
+        engine.run()
+    for name, length, count in (("three", 37, 3), ("own", 18, 0)):
+        answer = engine.answers[name]
+        tokens = torch.tensor([[*prompt_of(length), *answer]])
+        with torch.no_grad():
+            logits = model_of()(tokens).logits[0, length - 1 : -1]
+        wanted = logits.log_softmax(-1)
+        assert len(engine.logprobs[name]) == len(answer) == 8
+        for i, found in enumerate(engine.logprobs[name]):
+            assert found.ids == (answer[i], *wanted[i].topk(count).indices.tolist())
+            torch.testing.assert_close(torch.tensor(found.logprobs), wanted[i][list(found.ids)], atol=1e-4, rtol=0)
+            assert found.rank == 1 + int((wanted[i] > wanted[i, answer[i]]).sum())
+    assert engine.logprobs["none"] == []
+
+
+@pytest.mark.parametrize("kind", ["full", "dms", "fold", "window"])
+def test_nan_stays_in_its_row(kind: str) -> None:
+    """A row whose logits are not numbers ends with an error; those beside it and those that get its pages do not
+    notice."""
+    lengths = (37, 18, 60, 33)
+    model, met = model_of(), {token for length in lengths for token in (*prompt_of(length), *alone(kind, length))}
+    poisoned = next(token for token in range(models.VOCAB) if token not in met)
+    kept = model.model.embed_tokens.weight.detach().clone()
+    try:
+        with torch.no_grad():
+            model.model.embed_tokens.weight[poisoned] = torch.nan
+        with Engine(kind, max_num_seqs=2, kv_memory=memory_of(kind, 48), max_model_len=100) as engine:
+            prompt = (*prompt_of(40)[:30], poisoned, *prompt_of(9))
+            engine.core.add(Request("bad", prompt, SamplingParams(temperature=0.0)))
+            engine.answers["bad"], engine.reasons["bad"], engine.logprobs["bad"] = [], None, []
+            for length in lengths:
+                engine.add(str(length), length)
+            engine.run()
+    finally:
+        with torch.no_grad():
+            model.model.embed_tokens.weight.copy_(kept)
+    assert engine.reasons.pop("bad") == "error"
+    assert engine.answers.pop("bad") == []
+    assert engine.answers == {name: alone(kind, int(name)) for name in engine.answers}
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ((), {}, "is empty"),
+        ((1,) * 200, {}, "leaves no room"),
+        ((1, 97), {}, "knows 0 to 96"),
+        ((1, -1), {}, "knows 0 to 96"),
+        ((1,), {"logprobs": 21}, "max_logprobs"),
+        ((1,), {"stop_token_ids": [97]}, "end at 96"),
+    ],
+)
+def test_requests_that_cannot_run(prompt: tuple[int, ...], options: dict[str, Any], message: str) -> None:
+    with Engine("full") as engine:
+        with pytest.raises(OptionError, match=message):
+            engine.core.add(Request("x", prompt, SamplingParams(**options)))
+        assert engine.core.unfinished == 0
+        engine.add("x", 5)
+        with pytest.raises(OptionError, match="not ended yet"):
+            engine.add("x", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_memory": "64KiB"}, "one sequence of 200 tokens is expected to need"),
+        ({"kv_memory": "a lot"}, "no amount of memory"),
+        ({"max_model_len": 513}, "knows 512 positions"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 48}, "a token of every request"),
+        ({"page_size": 8}, "page_size=8"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Engine("full", **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "message"),
+    [
+        ("gemma2", Full(), "sliding-window"),
+        ("gemma3_text", Full(), "sliding-window"),
+        ("gpt2", Full(), "learned positions"),
+        ("llama", AttentionScore(ratio=2.0), "not served by the engine yet"),
+        ("llama", Full(bits=8), "bits=8"),
+    ],
+)
+def test_what_is_not_served(family: str, policy: Policy, message: str) -> None:
+    """It is said by name, and the model is left as it was (see the fixture in conftest.py)."""
+    model = models.tiny(family, dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match=message):
+        EngineCore(model, policy, kv_memory="1MiB")
+
+
+def test_one_owner() -> None:
+    """A model has one engine, or one policy attached; and while it has, nobody else runs it."""
+    model = model_of()
+    with Engine("dms") as engine:
+        with pytest.raises(AttachError, match="two cannot own one cache"):
+            Engine("full")
+        with pytest.raises(AttachError, match="outside of the engine"):
+            model(torch.tensor([[1, 2, 3]]))
+        engine.add("x", 5)
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(AttachError, match="became 'sdpa'"):
+            engine.step()
+    with compress(model, policy_of("dms")), pytest.raises(AttachError, match="two cannot own one cache"):
+        Engine("full")
+    engine.core.close()  # twice is no error
