@@ -147,6 +147,7 @@ class Learned:
     Args:
         method: dms, fold or dmc. weights, biases: per full-attention layer [outputs * H, hidden] and [outputs * H].
         scale: factor on the gate's product. delay: W. look_back: newest members of a group that count; None: all.
+        sinks: first entries that always stay.
         stored: what is read back of a key or value [..., D] that is stored; a group that merges at once is made of
             what was computed, others of what is read back.
     """
@@ -157,6 +158,7 @@ class Learned:
     scale: float
     delay: int
     look_back: int | None = None
+    sinks: int = 0
     stored: Callable[[Tensor], Tensor] = lambda x: x
     entering: dict[int, tuple[Tensor, Any]] = field(default_factory=dict)  # layer -> hidden states, cos and sin
 
@@ -166,7 +168,7 @@ class Learned:
         product = hidden.double() @ self.weights[number].double().T * self.scale + self.biases[number].double()
         logits = product.T.reshape(outputs, -1, hidden.shape[0])
         marked = logits[0] > 0
-        marked[:, 0] = False
+        marked[:, : self.sinks + 1] = False
         one = torch.ones_like(logits[0])
         if self.method == "dms":
             return marked, 0 * one, one

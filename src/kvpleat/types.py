@@ -70,6 +70,8 @@ class Delay:
         weighs: whether members of a group count differently.
         log_size: whether the log of a group's size counts in attention.
         look_back: members of a group that count, the newest ones; None: all.
+        sinks: first entries of a row that always stay as they are. Queries with nothing to look for look there, so one
+            of them that leaves changes all that follows.
     """
 
     tokens: int
@@ -77,6 +79,7 @@ class Delay:
     weighs: bool = False
     log_size: bool = False
     look_back: int | None = None
+    sinks: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from kvpleat.policies.learned import Learned
 from tests import models, reference
 
 LENGTH, ROUNDING = 61, 1e-5
-KINDS: dict[str, tuple[type[Learned], int, int | None]] = {
-    "dms": (DMS, 5, None),
-    "fold": (Fold, 3, None),
-    "dmc": (DMC, 0, None),
-    "dmc of 3": (DMC, 0, 3),
-    "fold of 4": (Fold, 1, 4),
+KINDS: dict[str, tuple[type[Learned], int, int | None, int]] = {  # policy, delay, look_back, sinks
+    "dms": (DMS, 5, None, 1),
+    "fold": (Fold, 3, None, 0),
+    "dmc": (DMC, 0, None, 0),
+    "dmc of 3": (DMC, 0, 3, 2),
+    "fold of 4": (Fold, 1, 4, 1),
 }
 PIECES = {
     "whole": [LENGTH],
@@ -38,11 +38,11 @@ PIECES = {
 
 def gates_for(model: Any, kind: str, seed: int = 0, weight: float = 2.5, bias: float = 0.0) -> Gates:
     """Random gates for a model."""
-    policy, delay, look_back = KINDS[kind]
+    policy, delay, look_back, sinks = KINDS[kind]
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layers = sum(window is None for window in reference.layer_windows(model))
-    gates = Gates(GateConfig(policy.name, layers, heads, config.hidden_size, delay, look_back, scale=2.0))
+    gates = Gates(GateConfig(policy.name, layers, heads, config.hidden_size, delay, look_back, sinks, scale=2.0))
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in gates.outer:
@@ -63,9 +63,9 @@ def expected(family: str, kind: str, length: int = LENGTH, seed: int = 0) -> Ten
 
 
 def by_definition(model: Any, tokens: Tensor, kind: str, bits: int | None = None) -> Tensor:
-    gates, (policy, delay, look_back) = gates_for(model, kind), KINDS[kind]
+    gates, (policy, delay, look_back, sinks) = gates_for(model, kind), KINDS[kind]
     weights, biases = [layer.weight for layer in gates.outer], [layer.bias for layer in gates.outer]
-    learned = reference.Learned(policy.name, weights, biases, gates.config.scale, delay, look_back)
+    learned = reference.Learned(policy.name, weights, biases, gates.config.scale, delay, look_back, sinks)
     if bits is not None:
         learned.stored = lambda x: kernels.dequantize(kernels.quantize(x, bits), x.shape[-1], x.dtype)
     return reference.learned_forward(model, tokens, learned)
@@ -228,9 +228,9 @@ class TestMemory:
         assert policy.fields == () or report.live_bytes < report.full_bytes
 
     def test_all_marked(self, kind: str) -> None:
-        """Where gates mark everything a stream is its window and one entry, in the prompt and however long one
-        decodes."""
-        model, window = models.tiny("llama"), KINDS[kind][1] + 1
+        """Where gates mark everything a stream is its sinks, its window and one entry, in the prompt and however long
+        one decodes."""
+        model, window = models.tiny("llama"), KINDS[kind][1] + KINDS[kind][3] + 1
         with compress(model, policy_for(model, kind, weight=0.0, bias=30.0)) as pleated:
             cache = pleated.new_cache()
             feed(model, models.prompt(100)[0], cache, [100])

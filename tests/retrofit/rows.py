@@ -11,6 +11,7 @@ from kvpleat.retrofit.data import Batch
 from tests import models
 
 KINDS: dict[str, tuple[type[Learned], int]] = {"dms": (DMS, 5), "fold": (Fold, 3), "dmc": (DMC, 0)}  # policy, delay
+SINKS = {"dms": 0, "fold": 1, "dmc": 2}
 
 
 def packed(length: int, sizes: list[int], rows: list[int]) -> Batch:
@@ -48,7 +49,7 @@ def random_gates(model: Any, kind: str, seed: int = 0, bias: float = 0.0) -> Gat
     policy, delay = KINDS[kind]
     base = base_of(model, describe(model))
     sizes = {name: base[name] for name in ("num_layers", "num_kv_heads", "hidden_size")}
-    gates = Gates(GateConfig(policy.name, delay=delay, scale=2.0, base=base, **sizes))
+    gates = Gates(GateConfig(policy.name, delay=delay, sinks=SINKS[kind], scale=2.0, base=base, **sizes))
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         layer: Any

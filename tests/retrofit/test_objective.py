@@ -112,17 +112,18 @@ def test_other_heads_are_refused() -> None:
 
 
 def test_marked_share_is_a_count() -> None:
-    """Of each row, over all layers, heads and tokens but the first ones of documents."""
+    """Of each row, over all layers, heads and tokens but the first ones of documents, which cannot mark any."""
     layers, rows, heads, tokens = 3, 2, 2, 11
     for seed in range(5):
         random = torch.Generator().manual_seed(seed)
         marks = list((torch.rand(layers, rows, heads, tokens, generator=random) < 0.4).float())
         starts = [[0] * 4 + [4] * 7, [0] * 1 + [1] * 1 + [2] * 9]
-        found = marked_share(marks, torch.tensor(starts, dtype=torch.int32))
-        for row in range(rows):
-            places = [t for t in range(tokens) if t > starts[row][t]]
-            count = sum(int(layer[row, head, t]) for layer in marks for head in range(heads) for t in places)
-            assert float(found[row]) == pytest.approx(count / (layers * heads * len(places)))
+        for sinks in range(3):
+            found = marked_share(marks, torch.tensor(starts, dtype=torch.int32), sinks)
+            for row in range(rows):
+                places = [t for t in range(tokens) if t - sinks > starts[row][t]]
+                count = sum(int(layer[row, head, t]) for layer in marks for head in range(heads) for t in places)
+                assert float(found[row]) == pytest.approx(count / (layers * heads * len(places)))
 
 
 def entries_left(marked: list[bool], delay: int) -> int:

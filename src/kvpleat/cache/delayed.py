@@ -99,7 +99,7 @@ class _Places(NamedTuple):
     """What follows from the positions of one token of each row.
 
     newest, oldest: [r, H, 1] where in the ring the token goes and where the one W tokens before it stands. later:
-    [r, 1, 1] bool, whether it is not the row's first. turn: how a key at the older one's position is rotated.
+    [r, 1, 1] bool, whether the entry before it may leave. turn: how a key at the older one's position is rotated.
     """
 
     positions: list[int]
@@ -113,7 +113,7 @@ def _places(kv: "PagedKVCache", positions: list[int]) -> _Places:
     delay, heads = _state(kv).delay.tokens, kv.shape.num_kv_heads
     new = torch.tensor(positions, device=kv.pool.device)[:, None, None]
     newest, oldest = (((new + i) % (delay + 1)).expand(-1, heads, 1) for i in range(2))
-    return _Places(list(positions), newest, oldest, new > 0, _turn(kv, new - delay))
+    return _Places(list(positions), newest, oldest, new > _state(kv).delay.sinks, _turn(kv, new - delay))
 
 
 def step(
@@ -163,8 +163,8 @@ def extend(kv: "PagedKVCache", layer: int, row: int, start: int, keys: Tensor, v
     """
     state, shape = _state(kv), kv.shape
     delay, stop = state.delay.tokens, start + keys.shape[1]
-    later = torch.arange(start, stop, device=keys.device) > 0
-    marks = marks._replace(marked=marks.marked & later)  # nothing lies before a row's first token
+    later = torch.arange(start, stop, device=keys.device) > state.delay.sinks
+    marks = marks._replace(marked=marks.marked & later)  # the first entries stay
     past, past_live, young = _recall(kv, layer, row, start, marks)
     first = stop - young.marks.marked.shape[1]
     raw = _cat(young.content, _encode_new(kv, keys, values))

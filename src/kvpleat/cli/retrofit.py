@@ -56,6 +56,9 @@ def retrofit_(
         int | None,
         typer.Option(min=0, help=f"Tokens that a marked entry stays for (default: {DEFAULT['delay']}; dmc: 0)."),
     ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens of a text whose entries always stay.")] = DEFAULT[
+        "sinks"
+    ],
     rate: Annotated[float, typer.Option(min=0, help="Learning rate of the gates.")] = DEFAULT["rate"],
     model_rate: Annotated[
         float | None,
@@ -107,6 +110,7 @@ def retrofit_(
         rows=rows,
         length=length,
         delay=_delay(method, delay),
+        sinks=sinks,
         rate=rate,
         model_rate=model_rate,
         margin=margin,

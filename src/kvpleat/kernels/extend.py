@@ -229,15 +229,16 @@ def _extend(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: 
 
 def _known(pool: DevicePool, layer: int, chunk: _Chunk, marks: Marks) -> Marks:
     """What was decided about the chunk's keys: [H, n] each."""
-    ring, places = pool.ring, _places(pool, chunk.first, chunk.start)
+    ring, delay, places = pool.ring, pool.delay, _places(pool, chunk.first, chunk.start)
     assert ring is not None
+    assert delay is not None
 
     def both(old: Tensor | None, new: Tensor | None) -> Tensor | None:
         return None if old is None or new is None else torch.cat([old[chunk.seat, layer, :, places], new], 1)
 
     new = marks.each(lambda x: x[:, chunk.new])
     marked = torch.cat([ring.marked[chunk.seat, layer, :, places], new.marked], 1)
-    marked[:, : int(chunk.first == 0)] = False  # nothing lies before a row's first token
+    marked[:, : max(0, delay.sinks + 1 - chunk.first)] = False  # the first entries stay
     return Marks(marked, both(ring.log_carry, new.log_carry), both(ring.weight, new.weight))
 
 

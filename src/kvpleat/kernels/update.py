@@ -216,7 +216,7 @@ def _step(
     assert ring is not None
     assert delay is not None
     marks = (read_logits(said, delay) if isinstance(said, Tensor) else said).each(lambda x: x[rows])
-    marks = marks._replace(marked=marks.marked & (positions[rows] > 0)[:, None])
+    marks = marks._replace(marked=marks.marked & (positions[rows] > delay.sinks)[:, None])
     keys, values = keys[rows], values[rows]
     newest, oldest = (age[rows] for age in _ages(ring, positions))
     due = marks  # of the token that is W tokens old now

@@ -189,8 +189,8 @@ def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log
          new_key, new_value, cos, sin, said, said_carry, said_weight, positions, active,
          layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
          CHANNELS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, RING: tl.constexpr,
-         WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr,
-         LOGITS: tl.constexpr, B: tl.constexpr):  # fmt: skip
+         SINKS: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr,
+         WEIGHS: tl.constexpr, LOGITS: tl.constexpr, B: tl.constexpr):  # fmt: skip
     row, head, inside, on = _streams(active, failed, R, H, B)
     at = (row * L + layer) * H + head
     channels = tl.arange(0, CHANNELS)[None, :]
@@ -202,7 +202,7 @@ def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log
     now = tl.load(positions + row, mask=inside, other=0)
     length = tl.load(lengths + at, mask=inside, other=0)
     mark, carry, share = _read(said, said_carry, said_weight, row * H + head, R * H, inside, MERGES, WEIGHS, LOGITS)
-    mark = mark & (now > 0)
+    mark = mark & (now > SINKS)
     newest = ((row * RING + now % RING) * L + layer) * H + head
     oldest = ((row * RING + (now + 1) % RING) * L + layer) * H + head
     due, due_carry, due_weight = mark, carry, share  # of the token that is W tokens old now

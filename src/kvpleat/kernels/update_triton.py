@@ -75,8 +75,8 @@ def step(
         pool.failed, ring.slots, _bytes(ring.marked), *ring[2:], keys, values, cos, sin, *told, positions,
         _bytes(active), layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads,
         **_channels(pool), HALF=half, PAIRS=_power(half), REST=_power(rest),
-        RING=delay.tokens + 1, WIDTH=width, KNOWN=known, SUMS=delay.look_back is None, MERGES=delay.merges,
-        WEIGHS=delay.weighs, LOGITS=logits, B=STREAMS, num_warps=WARPS)  # fmt: skip
+        RING=delay.tokens + 1, SINKS=delay.sinks, WIDTH=width, KNOWN=known, SUMS=delay.look_back is None,
+        MERGES=delay.merges, WEIGHS=delay.weighs, LOGITS=logits, B=STREAMS, num_warps=WARPS)  # fmt: skip
 
 
 def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:

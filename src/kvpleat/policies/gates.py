@@ -43,6 +43,7 @@ class GateConfig:
         delay: tokens that a marked entry stays visible for after its own; 0 for dmc, which merges at once.
         look_back: members of a group that count, the newest ones (dmc's window of 12); None: all.
         mlp_size: hidden channels of the gate; None: a linear layer.
+        sinks: first entries of a row that stay whatever gates say; see `types.Delay`.
         scale: factor on the gate's output before its bias, which makes a small learning rate move decisions.
         ratio: compression ratio the gates were trained for.
         base: what tells the model apart: the keys of BASE, as `kvpleat.hf.families.base_of` reads them.
@@ -55,6 +56,7 @@ class GateConfig:
     hidden_size: int
     delay: int
     look_back: int | None = None
+    sinks: int = 0
     mlp_size: int | None = None
     scale: float = 10.0
     ratio: float = 1.0

@@ -142,7 +142,7 @@ class Learned(Policy):
     @property
     def delayed(self) -> Delay:
         config = self._loaded.config
-        return Delay(config.delay, self.merges, self.weighs, self.log_size, config.look_back)
+        return Delay(config.delay, self.merges, self.weighs, self.log_size, config.look_back, config.sinks)
 
     def to_device(self, device: torch.device) -> Self:
         self._loaded.to(device)
@@ -167,8 +167,8 @@ class Learned(Policy):
         return self.gates
 
     def judge(self, logits: Tensor) -> Marks:
-        """Decisions from a gate's logits [outputs, ..., T]. The first token of a row cannot mark anything: the cache
-        knows which one that is."""
+        """Decisions from a gate's logits [outputs, ..., T]. The first tokens of a row cannot mark anything: the cache
+        knows which ones these are."""
         raise NotImplementedError
 
     @classmethod

@@ -24,6 +24,7 @@ class Recipe:
         steps: optimiser steps over all stages. rows: sequences a step and process. length: tokens of a row.
         delay: tokens a marked entry waits; dmc takes 0. What helps most: at 4x and 4,096 tokens a KL of .065 with 16,
             .030 with 64, .017 with 256 (docs/log.md).
+        sinks: first tokens of a text whose entries always stay.
         rate: learning rate of the gates. model_rate: of adapters or weights; None: that of MODEL_RATES.
         ramp: share of a stage in which the ratio grows; then it stays, and the rates fall.
         margin: what is asked for, as a share of the ratio. Every row that compresses too little is penalised, so means
@@ -46,6 +47,7 @@ class Recipe:
     rows: int = 8
     length: int = 4096
     delay: int = 256
+    sinks: int = 1
     rate: float = 3e-3
     model_rate: float | None = None
     ramp: float = 0.7
@@ -78,6 +80,7 @@ class Recipe:
             check_ratio(ratio)
             target_share(ratio * self.margin, self.delay, self.length)
         check_at_least(rows=(self.rows, 1), length=(self.length, 2), rank=(self.rank, 1), margin=(self.margin, 0.5),
+                       sinks=(self.sinks, 0),
                        accumulate=(self.accumulate, 1))  # fmt: skip
 
     @property

@@ -17,7 +17,7 @@ from kvpleat.policies.learned import Learned, SoftMarks, new_gates
 from kvpleat.retrofit.config import Recipe
 from kvpleat.retrofit.cross_entropy import cross_entropy, next_tokens
 from kvpleat.retrofit.data import Batch, Mixture
-from kvpleat.retrofit.measure import HARD
+from kvpleat.retrofit.measure import HARD, entries_left
 from kvpleat.retrofit.objective import marked_share, too_little
 from kvpleat.retrofit.student import Student
 
@@ -85,7 +85,8 @@ class Arm:
         share = torch.zeros((), device=loss.device)
         wanted = loss
         if marks:
-            shares = marked_share([marks[i].marked for i in sorted(marks)], batch.doc_start)
+            ordered = [marks[i].marked for i in sorted(marks)]
+            shares = marked_share(ordered, batch.doc_start, student.gates.config.sinks)
             wanted = loss + recipe.ratio_weight * too_little(shares, recipe.target(step))
             share = shares.detach().mean()
         wanted.backward()
@@ -120,7 +121,9 @@ def fresh_gates(model: Any, recipe: Recipe) -> Gates:
     facts = describe(model)
     base = base_of(model, facts)
     size = {name: base[name] for name in ("num_layers", "num_kv_heads", "hidden_size")}
-    return new_gates(policy_of(recipe.method), delay=recipe.delay, scale=recipe.scale, base=base, **size)
+    return new_gates(
+        policy_of(recipe.method), delay=recipe.delay, sinks=recipe.sinks, scale=recipe.scale, base=base, **size
+    )
 
 
 def losses(student: Student, batch: Batch, noise: Tensor | None) -> tuple[Tensor, Tensor, dict[int, SoftMarks]]:
@@ -142,19 +145,16 @@ def judge(student: Student, batches: list[Batch], compressed: bool) -> tuple[flo
     with hard decisions."""
     before = student.temperature, student.compiled
     student.temperature, student.compiled = HARD, False
-    total, count, kept, seen = 0.0, 0, 0.0, 0
+    total, count, kept, seen = 0.0, 0, 0, 0
     try:
         for batch in batches:
             batch = moved(batch, student.facts.device)
             noise = student.no_noise(*batch.tokens.shape) if compressed else None
             nats, known, marks = losses(student, batch, noise)
             total, count = total + float(nats), count + int(known)
-            columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-            # The decision at t is about t - 1, which is gone once more than `delay` tokens have followed it.
-            decided = (columns > batch.doc_start) & (columns < len(columns) - student.gates.config.delay)
             for layer in marks.values():
-                gone = (layer.marked.round() * decided[:, None]).sum()
-                kept, seen = kept + layer.marked.numel() - float(gone), seen + layer.marked.numel()
+                gone = entries_left(layer.marked, batch.doc_start, student.gates.config)
+                kept, seen = kept + layer.marked.numel() - gone, seen + layer.marked.numel()
     finally:
         student.temperature, student.compiled = before
     return total / max(1, count), seen / kept if kept else 1.0

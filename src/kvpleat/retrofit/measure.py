@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpleat.errors import OptionError
+from kvpleat.policies.gates import GateConfig
 from kvpleat.policies.learned import SoftMarks
 from kvpleat.retrofit.data import Batch
 from kvpleat.retrofit.objective import Distance, distill, marked_share
@@ -42,7 +43,8 @@ class Lesson(nn.Module):
         wanted = student.teach(batch.tokens, batch.doc_start)
         hidden, marks = student(batch.tokens, batch.doc_start, noise)
         distance = measure(student, hidden, wanted, batch, lm_weight, total)
-        return Outcome(distance, marked_share([marks[i].marked for i in sorted(marks)], batch.doc_start), marks)
+        sinks = student.gates.config.sinks
+        return Outcome(distance, marked_share([marks[i].marked for i in sorted(marks)], batch.doc_start, sinks), marks)
 
 
 def measure(
@@ -86,7 +88,7 @@ def judge(lesson: Lesson, batches: Iterable[Batch]) -> dict[str, float]:
             sums += torch.stack([figure.double() for figure in figures]).cpu() * len(batch.tokens)
             rows += len(batch.tokens)
             for layer in marks.values():
-                left = _left(layer.marked, batch.doc_start, student.gates.config.delay)
+                left = entries_left(layer.marked, batch.doc_start, student.gates.config)
                 kept, seen = kept + layer.marked.numel() - left, seen + layer.marked.numel()
     finally:
         student.temperature, student.compiled = before
@@ -104,11 +106,12 @@ def judge(lesson: Lesson, batches: Iterable[Batch]) -> dict[str, float]:
     }
 
 
-def _left(marked: Tensor, doc_start: Tensor, delay: int) -> int:
-    """How many entries have left after the last token: marked [R, H, T] by the token after each."""
+def entries_left(marked: Tensor, doc_start: Tensor, config: GateConfig) -> int:
+    """How many entries have left after the last token: marked [R, H, T] by the token after each, which has seen more
+    than `delay` tokens since."""
     tokens = marked.shape[-1]
-    gone = marked.round() * (torch.arange(tokens, device=marked.device) > doc_start)[:, None]
-    return int(gone[..., : tokens - delay].sum())
+    gone = marked.round() * (torch.arange(tokens, device=marked.device) > doc_start + config.sinks)[:, None]
+    return int(gone[..., : tokens - config.delay].sum())
 
 
 def precision(device: torch.device) -> Any:

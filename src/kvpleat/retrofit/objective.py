@@ -169,10 +169,10 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return _cache[0]
 
 
-def marked_share(marks: list[Tensor], doc_start: Tensor) -> Tensor:
+def marked_share(marks: list[Tensor], doc_start: Tensor, sinks: int) -> Tensor:
     """Share of marked entries of each row, over all layers, heads and tokens that can mark one: marks [R, H, T] by
     layer, doc_start [R, T] -> [R]."""
-    can = torch.arange(doc_start.shape[1], device=doc_start.device) > doc_start
+    can = torch.arange(doc_start.shape[1], device=doc_start.device) > doc_start + sinks
     marked = torch.stack([(layer * can[:, None]).sum(dim=(1, 2)) for layer in marks]).sum(0)
     return marked / (can.sum(1) * marks[0].shape[1] * len(marks)).clamp(min=1)
 

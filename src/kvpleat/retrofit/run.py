@@ -175,7 +175,8 @@ def policy_of(method: str) -> type[Learned]:
 
 def _fresh_gates(policy: type[Learned], recipe: Recipe, base: dict[str, Any]) -> Gates:
     sizes = {name: base[name] for name in ("num_layers", "num_kv_heads", "hidden_size")}
-    return new_gates(policy, delay=recipe.delay, scale=recipe.scale, mlp_size=recipe.mlp_size, base=base, **sizes)
+    options = {name: getattr(recipe, name) for name in ("delay", "sinks", "scale", "mlp_size")}
+    return new_gates(policy, base=base, **options, **sizes)
 
 
 def _with_lora(model: Any, recipe: Recipe) -> Any:

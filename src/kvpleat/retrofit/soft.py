@@ -84,17 +84,18 @@ def attend(
         keep, delay = torch.full(key.shape[:3], GONE, device=key.device), window - 1
     elif call.noise is not None:
         marks, delay = call.marks_of(module.layer_idx), rule.tokens
-        keep = nn.functional.pad(marks.keep_bias[..., 1:], (0, 1))  # token t + 1 decides about t
+        keep = torch.where(call.positions[:, None] > rule.sinks, marks.keep_bias, 0.0)
+        keep = nn.functional.pad(keep[..., 1:], (0, 1))  # token t + 1 decides about t
         if rule.merges:
             merge = _fused_merge() if call.compiled else merged
-            far, log_size = merge(key, value, marks, call.positions, call.facts.rotary)
+            far, log_size = merge(key, value, marks, call.positions, call.facts.rotary, rule.sinks)
             size = log_size if rule.log_size else None
     out = relaxed_attention(query, (key, value), far, keep, size, call.doc_start, delay, scale, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
 def merged(
-    key: Tensor, value: Tensor, marks: SoftMarks, positions: Tensor, rotary: Rotary | None
+    key: Tensor, value: Tensor, marks: SoftMarks, positions: Tensor, rotary: Rotary | None, sinks: int
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Keys and values [R, H, T, D] of the group that each token ends, and the log [R, H, T] of its size."""
     assert marks.log_carry is not None
@@ -103,7 +104,7 @@ def merged(
     weight = torch.ones_like(marks.log_carry) if marks.weight is None else marks.weight.clamp(min=LEAST_WEIGHT)
     ones = weight[..., None]
     parts = torch.cat([plain * ones, value.to(plain.dtype) * ones, ones], dim=-1)
-    log_carry = torch.where(positions == 0, -torch.inf, marks.log_carry.clamp(min=LEAST_CARRY))
+    log_carry = torch.where(positions <= sinks, -torch.inf, marks.log_carry.clamp(min=LEAST_CARRY))
     with torch.autocast(key.device.type, enabled=False):
         sums = scan(parts, log_carry)
     means = sums[..., :-1] / sums[..., -1:]

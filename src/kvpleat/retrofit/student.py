@@ -61,7 +61,7 @@ class Student(nn.Module):
         self.model, self.gates, self.policy, self.temperature = model, gates, policy, temperature
         self._teacher = [] if teacher is None else [teacher]  # in a list: its weights are none of the student's
         self._places = {layer: index for index, layer in enumerate(self.facts.layers)}
-        self._rule = Delay(config.delay, policy.merges, policy.weighs, policy.log_size)
+        self._rule = Delay(config.delay, policy.merges, policy.weighs, policy.log_size, sinks=config.sinks)
         self._teacher_facts = self.facts if teacher is None else describe(teacher)
         self._fused: list[tuple[Any, Any]] = []  # each layer and its call, fused
         self.compiled = compile
