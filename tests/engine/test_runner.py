@@ -1,0 +1,205 @@
+"""The step on a device: widths, what is sent there, and that nothing of a step is read when it is started."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvpleat import accounting
+from kvpleat.engine.attach import Attached
+from kvpleat.engine.core import EngineCore
+from kvpleat.engine.graphs import Graphs
+from kvpleat.engine.params import Request, SamplingParams
+from kvpleat.engine.rows import Feed, Plan, Row
+from kvpleat.engine.runner import Runner, ladder, packed
+from kvpleat.engine.sizes import parse_bytes
+from kvpleat.errors import OptionError
+from kvpleat.kernels import decode, extend, prefill, update
+from kvpleat.policies import DMC, DMS, Fold, Full, GateConfig, Gates
+from kvpleat.policies.base import Policy
+from tests import models
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9]), (100, [1, 2, 4, 8, 16, 32, 64, 100])],
+)
+def test_ladder(most: int, sizes: list[int]) -> None:
+    assert ladder(most) == sizes
+
+
+def plan_of(tokens: list[tuple[int, int]], chunks: list[tuple[int, int, int, bool]]) -> Plan:
+    """tokens: seat and position; chunks: seat, first position, size, and whether a token is drawn after it."""
+
+    def row(seat: int) -> Row:
+        return Row(Request(str(seat), tuple(range(10 * seat, 10 * seat + 50)), SamplingParams()), 0, 99)
+
+    plan = Plan([], False, False)
+    plan.tokens = [Feed(row(seat), seat, start, 1, True, 7) for seat, start in tokens]
+    plan.chunks = [Feed(row(seat), seat, start, size, draws, 0) for seat, start, size, draws in chunks]
+    return plan
+
+
+def test_packed() -> None:
+    """Chunks lie one after the other, behind the tokens of all seats if there are any."""
+    chunks = [(3, 10, 4, False), (0, 0, 2, True)]
+    ids, positions, last = packed(plan_of([(1, 20)], chunks), 4)
+    assert ids.tolist() == [40, 41, 42, 43, 0, 1]
+    assert positions.tolist() == [10, 11, 12, 13, 0, 1]
+    assert last.tolist() == [4 + 5, 1, 0, 4 + 3]
+    assert packed(plan_of([], chunks), 4)[2].tolist() == [5, 0, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(5, 5), ("5", 5), ("20GiB", 20 * 2**30), ("1.5 MiB", 3 * 2**19), ("2 GB", 2 * 10**9), ("7kib", 7168), ("1B", 1)],
+)
+def test_bytes(text: Any, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 GiB 2", "1.2.3MiB", "3 XB", 1.5e300, None, True])
+def test_no_bytes(text: Any) -> None:
+    with pytest.raises(OptionError, match="no amount of memory"):
+        parse_bytes(text)
+
+
+# ---- nothing is read
+
+
+def policy_of(model: Any, kind: str) -> Policy:
+    if kind == "full":
+        return Full()
+    config, (cls, delay) = model.config, {"dms": (DMS, 4), "fold": (Fold, 4), "dmc": (DMC, 0)}[kind]
+    gates = GateConfig(cls.name, config.num_hidden_layers, config.num_key_value_heads, config.hidden_size, delay)
+    return cls(gates=Gates(gates).requires_grad_(False))
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where the host would wait for the device, and notes where tensors are made of numbers of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"), name
+        if name == "aten::index.Tensor":
+            assert all(x is None or x.dtype != torch.bool for x in args[1]), "a mask's size is read"
+        self.made += name in ("aten::lift_fresh", "aten::lift_fresh_copy")
+        return function(*args, **(kwargs or {}))
+
+
+def attended(q: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q * 1.0
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU kernels are plain torch, which may read: here they do nothing."""
+    for module, names in (
+        (update, ("append", "step", "reserve_token", "give_back", "release")),
+        (extend, ("reserve", "append")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_: None)
+    for module in (decode, prefill):
+        monkeypatch.setattr(module, "attend", attended)
+    seen = SimpleNamespace(keys=None, values=None, past=None, rule=None)
+    monkeypatch.setattr(extend, "extend", lambda *_: seen)
+
+
+@pytest.fixture
+def runner(request: pytest.FixtureRequest, no_kernels: None) -> Iterator[Runner]:
+    model = models.tiny("llama", dtype=torch.float32)
+    attached = Attached(model, policy_of(model, request.param), 16)
+    yield Runner(attached, num_pages=64, num_seats=4, length=64, end_ids=(), eager=False)
+    attached.close()
+
+
+@pytest.mark.parametrize("runner", ["full", "dms", "fold", "dmc"], indirect=True)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "logprobs": 2}])
+def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with prompts, one without, and one before which a row leaves."""
+    monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("a tensor is read"))
+    steps = [
+        plan_of([], [(1, 0, 5, True), (0, 0, 3, False)]),
+        plan_of([(1, 5)], [(0, 3, 4, True)]),
+        plan_of([(0, 7)], []),
+    ]
+    for feed in steps[0].chunks:
+        object.__setattr__(feed.row.request, "params", SamplingParams(**sampling))
+        feed.row.seat = feed.seat
+    steps[0].seated = [feed.row for feed in steps[0].chunks]
+    steps[2].released, steps[2].clear = [(1, steps[1].tokens[0].row)], True
+    for plan in steps:
+        with NoReads():
+            runner.launch(plan)
+
+
+@pytest.mark.parametrize("runner", ["full", "dms", "fold", "dmc"], indirect=True)
+def test_a_graph_could_hold_it(runner: Runner) -> None:
+    """What is captured makes no tensor of numbers of the host, and leaves its results where they were."""
+    before = {name: x.data_ptr() for name, x in vars(runner).items() if isinstance(x, Tensor)}
+    with NoReads() as mode, torch.inference_mode():
+        for n in (1, 2, 4):
+            runner._decode(n, runner.pool.page_table.shape[-1])
+            runner._draw(n, runner.sampler.mode)
+    assert mode.made == 0
+    assert {name: x.data_ptr() for name, x in vars(runner).items() if isinstance(x, Tensor)} == before
+
+
+def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU a function runs each time; with one it is captured once for each key, after warming up."""
+    calls: list[str] = []
+    plain = Graphs(torch.device("cpu"), eager=False)
+    assert [plain.run("key", lambda: calls.append("run") or len(calls)) for _ in range(2)] == [1, 2]
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    class Nothing:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+        def wait_stream(self, _: Any) -> None: ...
+
+    for name, value in {
+        "graph_pool_handle": lambda: 0,
+        "Stream": Nothing,
+        "stream": Nothing,
+        "current_stream": Nothing,
+        "CUDAGraph": Graph,
+        "graph": Nothing,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls.clear()
+    graphs = Graphs(torch.device("cuda"), eager=False)
+    results = [graphs.run(key, lambda: calls.append("run") or len(calls)) for key in ("a", "a", "b")]
+    assert calls == ["run"] * 3 + ["replay"] * 2 + ["run"] * 3 + ["replay"]
+    assert results == [3, 3, 8], "the tensors of the capture, which each replay fills anew"
+    eager = Graphs(torch.device("cuda"), eager=True)
+    assert eager.run("a", lambda: "run") == "run"
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("kind", ["full", "fold"])
+def test_memory_is_not_exceeded(kind: str) -> None:
+    """Keys, values and what belongs to each fill what was given to a page, and no more."""
+    model = models.tiny("llama", dtype=torch.float32)
+    core = EngineCore(model, policy_of(model, kind), kv_memory=300_001, max_num_seqs=8, max_model_len=100)
+    pool = core.runner.pool
+    page = accounting.page_bytes(pool.shape)
+    assert 300_001 - page < accounting.tensor_bytes(*pool.arrays.values()) <= 300_001
+    core.close()
+    core = EngineCore(model, Full(), max_num_seqs=2, max_model_len=100)
+    assert core.runner.pool.owner.numel() == 2 * 6 * 7, "no more than two rows of seven pages a stream can use"
+    core.close()
