@@ -17,11 +17,10 @@ from kvpleat.engine.sampling import (
     Sampler,
     check,
     end_tokens,
-    gumbel,
     request_seed,
-    threshold,
 )
 from kvpleat.errors import OptionError
+from kvpleat.kernels.sampling import least_score
 
 GREEDY = SamplingParams(temperature=0.0)
 ALL_MODES = [
@@ -49,6 +48,15 @@ def kept(logits: list[float], params: SamplingParams) -> dict[int, float]:
         scores = {i: s for i, s in scores.items() if above(s) < params.top_p}
     weights = {i: math.exp(s) for i, s in scores.items()}
     return {i: w / math.fsum(weights.values()) for i, w in weights.items()}
+
+
+def filters_of(params: list[SamplingParams], size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log min_p, top_k and top_p as the kernels take them."""
+    return (
+        torch.tensor([math.log(p.min_p) if p.min_p else -math.inf for p in params]),
+        torch.tensor([min(p.top_k, size) if p.top_k > 0 else size for p in params]),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64),
+    )
 
 
 def draw(logits: torch.Tensor, params: list[SamplingParams], counters: list[int], seeds: list[int]) -> torch.Tensor:
@@ -106,17 +114,11 @@ PARAMS = [
 @pytest.mark.parametrize("size", [1, 2, 7, 301])
 def test_the_tokens_that_stay_are_those_of_the_definition(size: int, grid: int | None) -> None:
     """All filters, alone and together, in one batch, on rows with and without ties."""
-    generator = torch.Generator().manual_seed(size)
-    logits = torch.randn(len(PARAMS), size, generator=generator) * 2
+    logits = torch.randn(len(PARAMS), size, generator=torch.Generator().manual_seed(size)) * 2
     logits = logits if grid is None else (logits * grid).round() / grid
-    scores = logits - logits.amax(-1, keepdim=True)
-    scores = scores / torch.tensor([p.temperature for p in PARAMS])[:, None]
-    least = threshold(
-        scores,
-        torch.tensor([math.log(p.min_p) if p.min_p else -math.inf for p in PARAMS]),
-        torch.tensor([min(p.top_k, size) if p.top_k > 0 else size for p in PARAMS]),
-        torch.tensor([p.top_p for p in PARAMS], dtype=torch.float64),
-    )
+    largest, temperature = logits.amax(-1), torch.tensor([p.temperature for p in PARAMS])
+    least = least_score(logits, largest, temperature, *filters_of(PARAMS, size))
+    scores = (logits - largest[:, None]) / temperature[:, None]
     for row, params in enumerate(PARAMS):
         stays = (scores[row] >= least[row]).nonzero()[:, 0].tolist()
         assert stays == sorted(kept(logits[row].tolist(), params)), params
@@ -192,27 +194,6 @@ def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
     rare = math.log(1 / 20_000)
     tokens = many([0.0, rare], SamplingParams(), 400_000, seed=5)
     assert 5 <= int(tokens.sum()) <= 40  # 20 expected
-
-
-def test_noise_is_the_hash_that_is_documented() -> None:
-    """SplitMix64 and the Gumbel transform once more, in Python's integers and floats."""
-    mask, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
-
-    def mix(z: int) -> int:
-        z &= mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return z ^ (z >> 31)
-
-    assert mix(1234567 + golden) == 6457827717110365317, "the published first output of SplitMix64(1234567)"
-    seeds, counters, size = [0, 1, -5, 2**63 - 1], [0, 1, 77, 123456], 6
-    sampler = Sampler(1, size, "cpu")
-    noise = gumbel(torch.tensor(seeds), torch.tensor(counters), sampler._steps)
-    for row, (seed, counter) in enumerate(zip(seeds, counters, strict=True)):
-        state = mix(mix(seed + golden) + counter * golden)
-        for column in range(size):
-            u = ((mix(state + (column + 1) * golden) >> 11) + 0.5) / 2**53
-            assert float(noise[row, column]) == pytest.approx(-math.log(-math.log1p(-u)), abs=1e-5)
 
 
 # ---- greedy

@@ -1,16 +1,8 @@
 """The batched sampler: one token for each row from its logits, on the device, without the host ever waiting for it.
 
-What is drawn is a function of the row alone. For a row with logits x, temperature T and s = (x - max x) / T:
-
-1. A token stays if s >= log min_p; of these, if fewer than top_k have a larger s; of these, if those with a larger s
-   hold less than top_p of the probability that is left. (The order and the definitions are vLLM's. By value, so tokens
-   of equal logits stay or leave together; the likeliest ones always stay.)
-2. Of those that stay, the one with the largest s + g is taken, lowest id first, where g is Gumbel noise: that is a draw
-   from the softmax of s over them. At temperature 0 there is no noise.
-
-g is a hash of (seed, index of the token in its request, token id), so neither the batch, the seat nor a preemption
-changes it. The probability that top_p looks at is added up in integers, which no order of additions rounds differently.
-So for equal logits the tokens are equal on one kind of device; on another, log and exp may differ in the last digit.
+What is drawn is a function of the row alone: of its logits, its parameters, its seed and the number of the token in its
+request; kvpleat.kernels.sampling says which. Neither the batch, the seat nor a preemption changes it: for equal logits
+the tokens are equal on one kind of device. On another, log and exp may differ in the last digit.
 
 A row whose logits hold NaN, or nothing finite to choose from, gets NO_TOKEN; no other row sees anything of it.
 """
@@ -24,12 +16,10 @@ from torch import Tensor
 
 from kvpleat.engine.params import SamplingParams
 from kvpleat.errors import OptionError
+from kvpleat.kernels.sampling import MAX_VOCAB, least_score, mix, race, signed
 
 NO_TOKEN = -1  # in place of a token where the logits allow none
 MAX_END_IDS = 32  # tokens that min_tokens can hold back, for each seat
-_GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, odd: steps by it visit all states (SplitMix64)
-_MASS_BITS = 44  # probabilities are multiples of 2**-44 of the largest
-MAX_VOCAB = 1 << (63 - _MASS_BITS)  # so many of them add up to less than 2**63
 
 
 class Mode(NamedTuple):
@@ -37,7 +27,7 @@ class Mode(NamedTuple):
 
     Args:
         draws: whether any row is not greedy.
-        filters: whether any row has a top_k or a top_p; it costs a sort.
+        filters: whether any row has a top_k or a top_p; a CPU sorts for it, a GPU looks at the logits many times.
         holds: whether any row has min_tokens.
         logprobs: most that any row asked for, or None.
     """
@@ -104,7 +94,6 @@ class Sampler:
         self._seed = filled(0, torch.int64)
         self._min_tokens = filled(0, torch.int64)
         self._end_ids = filled(0, torch.int64, MAX_END_IDS)
-        self._steps = torch.arange(1, vocab_size + 1, device=device).mul_(_GOLDEN)
 
     def seat(self, index: int, params: SamplingParams, request_seed: int, end_ids: Sequence[int] = ()) -> None:
         """A request takes a seat.
@@ -122,7 +111,7 @@ class Sampler:
         self._top_k[index].fill_(min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size)
         self._top_p[index].fill_(params.top_p)
         self._log_min_p[index].fill_(math.log(params.min_p) if params.min_p > 0 else -math.inf)
-        self._seed[index].fill_(_signed(request_seed))
+        self._seed[index].fill_(signed(request_seed))
         self._min_tokens[index].fill_(params.min_tokens if held else 0)
         if held:
             self._end_ids[index].fill_(held[0])  # the rest repeats one of them
@@ -157,24 +146,19 @@ class Sampler:
             mode: a mode that serves all rows, for a graph that was captured in it; None: `self.mode`.
         """
         mode = self.mode if mode is None else mode
-        wide = logits.dtype in (torch.float32, torch.float64) or mode == Mode()  # the likeliest is the same in 16 bits
-        raw = logits if wide else logits.float()
-        allowed = self._without_ends(raw, seats, counters) if mode.holds else raw
+        allowed = self._without_ends(logits, seats, counters) if mode.holds else logits
         largest, tokens = allowed.max(dim=-1)  # of equal ones the first; NaN where the row has one
         if mode.draws:
             tokens = self._draw(allowed, largest, seats, counters, mode.filters)
         tokens = torch.where(torch.isfinite(largest), tokens, NO_TOKEN)
-        return Sampled(tokens) if mode.logprobs is None else _with_logprobs(raw, tokens, mode.logprobs)
+        return Sampled(tokens) if mode.logprobs is None else _with_logprobs(logits, tokens, mode.logprobs)
 
-    def _draw(self, allowed: Tensor, largest: Tensor, seats: Tensor, counters: Tensor, filters: bool) -> Tensor:
+    def _draw(self, logits: Tensor, largest: Tensor, seats: Tensor, counters: Tensor, filters: bool) -> Tensor:
         """[n] the winners of the race."""
-        scores = (allowed - largest[:, None]).float().div_(self._temperature[seats][:, None])
-        least = self._log_min_p[seats]
+        temperature, least = self._temperature[seats], self._log_min_p[seats]
         if filters:
-            least = threshold(scores, least, self._top_k[seats], self._top_p[seats])
-        scores.masked_fill_(scores < least[:, None], -math.inf)
-        noise = gumbel(self._seed[seats], counters, self._steps)
-        return scores.add_(noise.mul_(self._noise[seats][:, None])).argmax(dim=-1)
+            least = least_score(logits, largest, temperature, least, self._top_k[seats], self._top_p[seats])
+        return race(logits, largest, temperature, least, self._noise[seats], self._seed[seats], counters)
 
     def _without_ends(self, logits: Tensor, seats: Tensor, counters: Tensor) -> Tensor:
         """Logits with -inf for the end tokens of rows that have not reached their min_tokens. NaN stays, to be seen."""
@@ -184,51 +168,11 @@ class Sampler:
         return logits.scatter(1, ids, ends.masked_fill(waits, -math.inf))
 
 
-def threshold(scores: Tensor, log_min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The least score that stays in each row.
-
-    Args:
-        scores: [n, V] float32, the largest of each row 0.
-        log_min_p: [n] float32.
-        top_k: [n] int64 in 1 .. V.
-        top_p: [n] float64 in (0, 1].
-
-    Returns:
-        [n] float32.
-    """
-    ordered = scores.sort(dim=-1, descending=True).values
-    least = torch.maximum(log_min_p, ordered.gather(1, top_k[:, None] - 1)[:, 0])
-    mass = ordered.exp().mul_(2.0**_MASS_BITS).masked_fill_(ordered < least[:, None], 0.0).long()
-    total = mass.cumsum(-1)
-    before = total - mass
-    # Of equal scores the first one has before it exactly what is larger, so the last one that stays here is of a score
-    # that stays, and of the least.
-    kept = (before < top_p[:, None] * total[:, -1:]).sum(-1, keepdim=True)
-    nucleus = ordered.gather(1, (kept - 1).clamp_(min=0))[:, 0]
-    return torch.where(top_p < 1, torch.maximum(least, nucleus), least)
-
-
-def gumbel(seeds: Tensor, counters: Tensor, steps: Tensor) -> Tensor:
-    """[n, V] standard Gumbel noise, a function of (seed, counter, column).
-
-    Each (seed, counter) gives a state, from which the columns are a run of SplitMix64.
-
-    Args:
-        seeds, counters: [n] int64.
-        steps: [V] int64 multiples 1, 2, ... of the generator's increment.
-    """
-    state = _mix(_mix(seeds + _GOLDEN) + counters * _GOLDEN)
-    bits = _mix(state[:, None] + steps)
-    # Small numbers decide the race, and floats are finest there: -log(1 - u) is exact for small u.
-    u = _shifted(bits, 11).float().add_(0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
-
-
 def request_seed(engine_seed: int, params: SamplingParams, number: int) -> int:
     """The seed of a request: its own, or one that follows from the engine's and the request's number in the engine."""
     if params.seed is not None:
-        return _signed(params.seed)
-    return int(_mix(_mix(torch.tensor([_signed(~engine_seed)])) + number * 2 + 1))
+        return signed(params.seed)
+    return int(mix(mix(torch.tensor([signed(~engine_seed)])) + number * 2 + 1))
 
 
 def end_tokens(params: SamplingParams, end_ids: Sequence[int]) -> tuple[int, ...]:
@@ -266,27 +210,11 @@ def check(params: SamplingParams, vocab_size: int, end_ids: Sequence[int] = (), 
         )
 
 
-def _with_logprobs(raw: Tensor, tokens: Tensor, count: int) -> Sampled:
+def _with_logprobs(logits: Tensor, tokens: Tensor, count: int) -> Sampled:
     """The tokens with their log probabilities, and the `count` likeliest ones beside."""
+    raw = logits if logits.dtype == torch.float64 else logits.float()
     own = raw.gather(1, tokens.clamp(min=0)[:, None])
     top = raw.topk(min(count, raw.shape[1]), dim=-1)
     logprobs = torch.cat([own, top.values], dim=1) - raw.logsumexp(-1, keepdim=True)
     ranks = 1 + (raw > own).sum(-1)
     return Sampled(tokens, torch.cat([tokens[:, None], top.indices], dim=1), logprobs.float(), ranks)
-
-
-def _mix(state: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014, constants of Stafford's mix 13), in wrapping int64."""
-    state = (state ^ _shifted(state, 30)).mul_(-0x40A7B892E31B1A47)
-    state = state.bitwise_xor_(_shifted(state, 27)).mul_(-0x6B2FB644ECCEEE15)
-    return state.bitwise_xor_(_shifted(state, 31))
-
-
-def _shifted(state: Tensor, bits: int) -> Tensor:
-    """An unsigned shift to the right: torch's own repeats the sign."""
-    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    """Any integer, modulo 2**64, as the int64 of the same bits."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
