@@ -123,3 +123,13 @@ def test_triton_keeps_what_the_specification_keeps(
         stays = scores[row] >= found[row]
         assert torch.equal(stays, scores[row] >= expected[row]), choice
         assert stays.any()
+
+
+def test_checks_of_the_kernel_script_run() -> None:
+    """As they do on a GPU."""
+    from kvpleat.bench import kernels_sampling
+    from kvpleat.bench.kernel_timing import Machine
+
+    checks = list(kernels_sampling.check(Machine(DEVICE, quick=True)))
+    assert len(checks) >= 2
+    assert all(check.passed for check in checks)

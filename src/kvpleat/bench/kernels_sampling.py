@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,9 +69,9 @@ def time(here: Machine) -> Iterator[Timed]:
         filters, ones = _filters(rows, VOCABULARY, here.device), torch.ones(rows, device=here.device)
         least, states = filters[0], torch.arange(rows, device=here.device)
         read = copies[0][0].numel() * 2
-        likeliest = here.seconds([lambda x=x: x[0].max(-1) for x in copies])
-        drawn = here.seconds([lambda x=x: sampling_triton.race(*x, least, ones, states) for x in copies])
-        kept = here.seconds([lambda x=x: sampling_triton.least_score(*x, *filters) for x in copies])
+        likeliest = here.seconds([partial(torch.max, x[0], -1) for x in copies])
+        drawn = here.seconds([partial(sampling_triton.race, *(*x, least, ones, states)) for x in copies])
+        kept = here.seconds([partial(sampling_triton.least_score, *x, *filters) for x in copies])
         yield Timed(f"race, {rows} rows of {VOCABULARY}", drawn, read, {"max alone": f"{likeliest * 1e6:.1f} us"})
         yield Timed(f"what stays, {rows} rows of {VOCABULARY}", kept, read)
 
