@@ -79,7 +79,7 @@ def test_defaults_are_those_of_the_recipe(place: Path, taught: dict[str, Any]) -
 
 def test_every_option_reaches_the_recipe(place: Path, taught: dict[str, Any]) -> None:
     expected = Recipe(
-        method="fold", ratios=(2.0, 3.5), train="lora", steps=9, rows=3, length=300, delay=5, rate=0.5, model_rate=0.25,
+        method="fold", ratios=(2.0, 3.5), train="lora", steps=9, rows=3, length=300, delay=5, sinks=3, rate=0.5, model_rate=0.25,
         margin=0.9, lm_weight=0.75, recall_share=0.25, answer_weight=2.0, adapt="all", rank=3, mlp_size=7, seed=11,
         accumulate=2, checkpointing=True, compile=True,
     )  # fmt: skip
@@ -88,7 +88,19 @@ def test_every_option_reaches_the_recipe(place: Path, taught: dict[str, Any]) ->
     options = ["--method", "fold", "--ratio", "2,3.5", "--train", "lora", "--steps", "9", "--rows", "3"]
     options += ["--length", "300", "--delay", "5", "--rate", "0.5", "--model-rate", "0.25", "--lm-weight", "0.75"]
     options += ["--recall-share", "0.25", "--answer-weight", "2", "--adapt", "all", "--rank", "3", "--mlp-size", "7"]
-    options += ["--margin", "0.9", "--seed", "11", "--accumulate", "2", "--checkpointing", "--compile", "--no-resume"]
+    options += [
+        "--sinks",
+        "3",
+        "--margin",
+        "0.9",
+        "--seed",
+        "11",
+        "--accumulate",
+        "2",
+        "--checkpointing",
+        "--compile",
+        "--no-resume",
+    ]
     result = invoke(*arguments(place), *options, "--save-every", "4", "--deadline", "60")
     assert result.exit_code == 0, result.stderr
     assert taught["recipe"] == expected

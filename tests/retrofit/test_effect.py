@@ -114,7 +114,7 @@ def test_the_compressed_loss_and_ratio_by_definition(family: str, method: str, s
     model, given = models.tiny(family), [batch(seed + 3)]
     gates = random_gates(model, method, seed)
     weights, biases = [layer.weight for layer in gates.outer], [layer.bias for layer in gates.outer]
-    learned = reference.Learned(method, weights, biases, gates.config.scale, DELAY)
+    learned = reference.Learned(method, weights, biases, gates.config.scale, DELAY, sinks=gates.config.sinks)
     total, seen, gone = 0.0, 0, 0
     for tokens in given[0].tokens:
         logits = reference.learned_forward(model, tokens, learned)
