@@ -20,7 +20,7 @@ from kvpleat.errors import OptionError
 class LLM(Engine):
     """A model that answers many prompts at once over a compressed KV memory. See `Engine` for the arguments.
 
-    >>> with LLM("smollm2-135m", DMS("smollm2-135m-dms-4x"), kv_memory="2GiB") as llm:
+    >>> with LLM("smollm2-135m", DMS(ratio=4), kv_memory="2GiB") as llm:
     ...     outputs = llm.generate(["The sky is blue because"], SamplingParams(temperature=0.7, max_tokens=64))
     ...     print(outputs[0].outputs[0].text)
 
