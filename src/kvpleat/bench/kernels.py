@@ -25,9 +25,10 @@ SEED = 0
 
 def all_cases() -> list[Cases]:
     """Every kernel module that is checked and timed here. Imported late: it needs Triton."""
-    from kvpleat.bench import kernels_decode, kernels_prefill, kernels_update
+    from kvpleat.bench import kernels_decode, kernels_extend, kernels_prefill, kernels_sampling, kernels_update
 
-    return [kernels_decode.CASES, kernels_prefill.CASES, kernels_update.CASES]
+    modules = kernels_decode, kernels_prefill, kernels_update, kernels_extend, kernels_sampling
+    return [module.CASES for module in modules]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,7 +44,7 @@ def form(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, 
         tl.store(members + 2 * D + 0 * i, z, mask=i == tl.where(going, formed, 0) - 1)
     else:
         share = tl.full([B], 1.0, tl.float32)
-        for back in tl.static_range(1, KNOWN + 1):
+        for back in range(1, KNOWN + 1):
             share *= tl.exp(_carry(carries, before_carry, i - back + 1, on, KNOWN))
             some = share > 0
             a, b, c, d = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, i - back,
@@ -133,10 +133,10 @@ def _summed(keys, values, raw_keys, raw_values, cos, sin, carries, shares, befor
     reaches = (number[:, None] == number[None, :]) & (lane[:, None] >= lane[None, :])
     share = tl.exp(tl.where(reaches, total[:, None] - total[None, :], float("-inf")).to(tl.float32))
     from_before = tl.exp(tl.where(number == 0, total, float("-inf")).to(tl.float32))
-    x = tl.dot(share, x, input_precision="ieee")
+    x = tl.dot(share, x, input_precision="tf32x3")
     if HALF > 0:
-        y = tl.dot(share, y, input_precision="ieee")
-    u = tl.dot(share, u, input_precision="ieee")
+        y = tl.dot(share, y, input_precision="tf32x3")
+    u = tl.dot(share, u, input_precision="tf32x3")
     z = tl.sum(share * z[None, :], 1)
     run = tl.full([], 0.0, tl.float64)  # log of what is left of the block before
     p, alive = block - 1, tl.sum((from_before > 0).to(tl.int32)) > 0

@@ -59,30 +59,35 @@ def append(key, value, position, log_weight, score, page_table, lengths, failed,
 
 
 @triton.jit
-def _known(marked, log_carry, weight, said, said_carry, said_weight, ring, step, head, first, young, begin, num_new, i,
-           on, H: tl.constexpr, RING: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr,
-           LOGITS: tl.constexpr):  # fmt: skip
-    """What was decided about keys i: by the ring, which begins at `ring` and where tokens are `step` apart, about those
-    of the past."""
-    position, old = first + i, on & (i < young)
-    at = ring + (position % RING).to(tl.int64) * step
-    mark, carry, share = _read(said, said_carry, said_weight, head * num_new + begin + i - young, H * num_new,
-                               on & (i >= young), MERGES, WEIGHS, LOGITS)  # fmt: skip
-    mark = tl.where(old, tl.load(marked + at, mask=old, other=0) != 0, mark) & (position > 0)
-    if MERGES:
-        carry = tl.where(old, tl.load(log_carry + at, mask=old, other=0.0), carry)
+def _mark(marked, said, ring, step, head, first, young, begin, num_new, i, on, RING: tl.constexpr,
+          SINKS: tl.constexpr):  # fmt: skip
+    """Whether keys i take over from the one before: the ring, which begins at `ring` and where tokens are `step` apart,
+    says it of those of the past."""
+    old = tl.load(marked + ring + ((first + i) % RING).to(tl.int64) * step, mask=on & (i < young), other=0) != 0
+    new = tl.load(said + head * num_new + begin + i - young, mask=on & (i >= young), other=0) > 0
+    return (old | new) & (first + i > SINKS)  # the first entries stay
+
+
+@triton.jit
+def _carried(log_carry, weight, said, said_carry, said_weight, ring, step, head, first, young, begin, num_new, i, on,
+             H: tl.constexpr, RING: tl.constexpr, WEIGHS: tl.constexpr, LOGITS: tl.constexpr):  # fmt: skip
+    """What else was decided about keys i: the log share that they take over, and their weights."""
+    old, at = on & (i < young), ring + ((first + i) % RING).to(tl.int64) * step
+    _, carry, share = _read(said, said_carry, said_weight, head * num_new + begin + i - young, H * num_new,
+                            on & (i >= young), True, WEIGHS, LOGITS)  # fmt: skip
+    carry = tl.where(old, tl.load(log_carry + at, mask=old, other=0.0), carry)
     if WEIGHS:
         share = tl.where(old, tl.load(weight + at, mask=old, other=0.0), share)
-    return mark, carry, share
+    return carry, share
 
 
 @triton.jit(do_not_specialize=["layer", "num_new", "num_keys"])
 def leave(key, value, log_weight, page_table, lengths, failed, slots, marked, log_carry, weight, members, member_carry,
           said, said_carry, said_weight, seats, starts, new, seen, raw_keys, raw_values, stays, places, carries, shares,
           before, before_carry, past, moves, layer, L, M, num_new, num_keys, H: tl.constexpr, S: tl.constexpr,
-          D: tl.constexpr, CHANNELS: tl.constexpr, RING: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-          KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr, LOGITS: tl.constexpr,
-          COUNTED: tl.constexpr, B: tl.constexpr):  # fmt: skip
+          D: tl.constexpr, CHANNELS: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, LANES: tl.constexpr,
+          WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr, WEIGHS: tl.constexpr,
+          LOGITS: tl.constexpr, COUNTED: tl.constexpr, B: tl.constexpr):  # fmt: skip
     """One stream: young tokens are copied out, the last entries go where they were, and each key gets its place.
 
     Writes of [H, M]: stays; places; log shares of the group before (carries) and weights (shares). Of [C, H, ...]: the
@@ -104,9 +109,9 @@ def leave(key, value, log_weight, page_table, lengths, failed, slots, marked, lo
     there = (lane <= young) & (first + lane > 0)
     ring_lane = ring + ((first + lane + RING - 1) % RING).to(tl.int64) * step
     entry = tl.load(slots + ring_lane, mask=there, other=0)
-    mark, _, _ = _known(marked, log_carry, weight, said, said_carry, said_weight, ring, step, head, first, young, begin,
-                        num_new, tl.maximum(lane - 1, 0), there, H, RING, False, False, LOGITS)  # fmt: skip
-    gone = there & ((lane > 0) | mark)  # the newest group leaves where the next token takes it over
+    newest = _mark(marked, said, ring, step, head, first, young, begin, num_new, tl.maximum(lane - 1, 0), there, RING,
+                   SINKS)  # fmt: skip
+    gone = there & ((lane > 0) | newest)  # the newest group leaves where the next token takes it over
     length -= tl.sum(gone.to(tl.int32))
     tl.store(past + stream, length)
     moves += stream * 3 * LANES
@@ -117,17 +122,17 @@ def leave(key, value, log_weight, page_table, lengths, failed, slots, marked, lo
     for n in range(0, total, COUNTED):
         i = n + tl.arange(0, COUNTED)
         on, out = i < total, head * num_keys + key_begin + i
-        taken, _, _ = _known(marked, log_carry, weight, said, said_carry, said_weight, ring, step, head, first, young,
-                             begin, num_new, i + 1, i + 1 < total, H, RING, False, False, LOGITS)  # fmt: skip
-        stay = (i < formed) & (taken == 0)
+        taken = _mark(marked, said, ring, step, head, first, young, begin, num_new, i + 1, i + 1 < total, RING,
+                      SINKS)  # fmt: skip
+        stay = (i < formed) & ~taken
         kept = (on & (stay | (i >= formed - 1))).to(tl.int32)  # nothing is decided about the newest group and after it
         tl.store(stays + out, stay.to(tl.uint8), mask=on)
         tl.store(places + out, tl.where(kept != 0, length + tl.cumsum(kept, 0) - 1, NOWHERE), mask=on)
         length += tl.sum(kept)
         if MERGES:
-            mark, carry, share = _known(marked, log_carry, weight, said, said_carry, said_weight, ring, step, head,
-                                        first, young, begin, num_new, i, on, H, RING, MERGES, WEIGHS,
-                                        LOGITS)  # fmt: skip
+            mark = _mark(marked, said, ring, step, head, first, young, begin, num_new, i, on, RING, SINKS)
+            carry, share = _carried(log_carry, weight, said, said_carry, said_weight, ring, step, head, first, young,
+                                    begin, num_new, i, on, H, RING, WEIGHS, LOGITS)  # fmt: skip
             tl.store(carries + out, tl.where(mark, carry, float("-inf")), mask=on)
             if WEIGHS:
                 tl.store(shares + out, tl.maximum(share, LEAST_WEIGHT), mask=on)
@@ -137,13 +142,15 @@ def leave(key, value, log_weight, page_table, lengths, failed, slots, marked, lo
             _copy(member_carry + at * KNOWN, before_carry + stream * KNOWN, KNOWN)
     last = tl.maximum(total - RING, 0) + lane  # the keys that the ring remembers from now on
     there = last < total
-    mark, carry, share = _known(marked, log_carry, weight, said, said_carry, said_weight, ring, step, head, first,
-                                young, begin, num_new, last, there, H, RING, MERGES, WEIGHS, LOGITS)  # fmt: skip
+    marks = _mark(marked, said, ring, step, head, first, young, begin, num_new, last, there, RING, SINKS)
+    if MERGES:
+        carry, share = _carried(log_carry, weight, said, said_carry, said_weight, ring, step, head, first, young,
+                                begin, num_new, last, there, H, RING, WEIGHS, LOGITS)  # fmt: skip
     tl.debug_barrier()
     there = last < tl.where(going, total, 0)
     ring_lane = ring + ((first + last) % RING).to(tl.int64) * step
     tl.store(slots + ring_lane, length - total + last, mask=there)
-    tl.store(marked + ring_lane, mark.to(tl.uint8), mask=there)
+    tl.store(marked + ring_lane, marks.to(tl.uint8), mask=there)
     if MERGES:
         tl.store(log_carry + ring_lane, carry, mask=there)
     if WEIGHS:

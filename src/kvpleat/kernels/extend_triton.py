@@ -20,7 +20,7 @@ COPIED = 32  # tokens that one program appends
 SETTLED = 32  # keys of a program that writes them; of wide heads half as many
 MOVED = 32  # entries that one program moves at a time
 COUNTED = 1024  # keys whose marks one program looks at, at a time
-LEAVE_WARPS, SETTLE_WARPS = 4, 4
+LEAVE_WARPS, SETTLE_WARPS, MERGE_WARPS = 4, 4, 8  # MERGE_WARPS: of programs that write where entries merge
 
 
 def append(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: Tensor) -> Past:
@@ -67,7 +67,7 @@ def extend(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: T
         pool.key, pool.value, log_weight, pool.page_table, pool.lengths, pool.failed, ring.slots, _bytes(ring.marked),
         *ring[2:], *told, chunks.seats, chunks.starts, *chunks.rows, raw_keys, raw_values, stays, places, carries,
         shares, before, before_carry, lengths, _ints(device, size, heads, 3, lanes), layer, layers, limit, num_new,
-        num_keys, **options, LANES=lanes, LOGITS=isinstance(said, Tensor), COUNTED=COUNTED, B=MOVED,
+        num_keys, **options, SINKS=delay.sinks, LANES=lanes, LOGITS=isinstance(said, Tensor), COUNTED=COUNTED, B=MOVED,
         num_warps=LEAVE_WARPS)  # fmt: skip
     cos, sin = (raw_keys, raw_keys) if chunks.turn is None else _contiguous(*chunks.turn)  # unread, if there are none
     half = 0 if chunks.turn is None else cos.shape[-1]
@@ -77,7 +77,8 @@ def extend(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: T
         pool.key, pool.value, log_weight, pool.page_table, pool.failed, ring.members, ring.member_carry, keys, values,
         cos, sin, chunks.seats, *chunks.rows, raw_keys, raw_values, group_keys, group_values, log_size, places,
         carries, shares, before, before_carry, layer, layers, limit, size, num_keys, *keys.stride()[:2],
-        *values.stride()[:2], **options, HALF=half, B=block, ROWS=_power(size), num_warps=SETTLE_WARPS)  # fmt: skip
+        *values.stride()[:2], **options, HALF=half, B=block, ROWS=_power(size),
+        num_warps=MERGE_WARPS if delay.merges else SETTLE_WARPS)  # fmt: skip
     groups = None if group_keys is None or group_values is None else (group_keys, group_values)
     rule = Leaving(delay.tokens, stays.view(torch.bool), groups, log_size)
     return Seen(raw_keys, raw_values, past_of(pool, layer, chunks, lengths), rule)
