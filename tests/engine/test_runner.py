@@ -151,6 +151,7 @@ def test_a_graph_could_hold_it(runner: Runner) -> None:
             runner._decode(n, runner.pool.page_table.shape[-1])
             runner._draw(n, runner.sampler.mode)
     assert mode.made == 0
+    assert not runner._logits.requires_grad
     assert {name: x.data_ptr() for name, x in vars(runner).items() if isinstance(x, Tensor)} == before
 
 

@@ -21,7 +21,7 @@ from kvpleat.engine.attention import Prompts, Step, Tokens
 from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.params import TokenLogprobs
 from kvpleat.engine.rows import Counters, Feed, Plan, Row
-from kvpleat.engine.sampling import NO_TOKEN, Mode, Sampled, Sampler
+from kvpleat.engine.sampling import Mode, Sampled, Sampler
 from kvpleat.kernels import decode, extend, reference, update
 from kvpleat.kernels.decode import Work
 from kvpleat.kernels.device_pool import DevicePool, Ring, new_pool
@@ -131,6 +131,7 @@ class Runner:
         if plan.clear:
             self.pool.failed.zero_()
 
+    @torch.inference_mode()
     def _decode_by_graph(self, n: int) -> None:
         self._graphs.run(n, lambda: self._decode(n, self.pool.page_table.shape[-1]))
 
@@ -267,6 +268,3 @@ def _logprobs(sampled: Sampled | None, row: Row, seat: int) -> TokenLogprobs | N
     count = sampled.ids.shape[1] if wanted == -1 else wanted + 1
     ids, logprobs = (tuple(x[seat, :count].tolist()) for x in (sampled.ids, sampled.logprobs))
     return TokenLogprobs(ids, logprobs, int(sampled.ranks[seat]))
-
-
-__all__ = ["NO_TOKEN", "Launched", "Runner", "ladder", "packed"]

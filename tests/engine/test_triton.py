@@ -1,0 +1,80 @@
+"""The whole engine with the kernels of a GPU, in Triton's interpreter where there is none: prompts in chunks, tokens
+beside them, rows that leave. The tokens are those of the one-model wrapper on a CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvpleat import compress
+from kvpleat.engine.core import EngineCore
+from kvpleat.engine.params import Request, SamplingParams
+from kvpleat.kernels import decode, extend, prefill, update
+from kvpleat.kernels.device_pool import check_integrity
+from kvpleat.policies import DMC, DMS, Fold, GateConfig, Gates, Window
+from kvpleat.policies.base import Policy
+from tests import models
+
+TOKENS = 2  # of an answer
+
+
+def policy_of(model: Any, kind: str) -> Policy:
+    if kind == "window":
+        return Window(budget=48)
+    config, (cls, delay) = model.config, {"dms": (DMS, 4), "fold": (Fold, 4), "dmc": (DMC, 0)}[kind]
+    options = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size, delay
+    gates, random = Gates(GateConfig(cls.name, *options, scale=2.0)), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in gates.outer:
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=random) * 1.25 / config.hidden_size**0.5)
+            layer.bias.zero_()
+    return cls(gates=gates.requires_grad_(False))
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")  # conftest.py has it interpreted where there is no GPU
+    from kvpleat.kernels import prefill_triton, update_triton
+
+    def attend(*arguments: Any) -> Any:
+        return prefill_triton.attend(*arguments, *[None] * (8 - len(arguments)))
+
+    for name, size in {"STREAMS": 16, "MOVED": 16, "MOVERS": 1}.items():  # the interpreter takes programs one by one
+        monkeypatch.setattr(update_triton, name, size)
+    for module in (update, extend):
+        monkeypatch.setattr(module, "_on_gpu", lambda pool: True)
+    monkeypatch.setattr(decode, "attend", decode.on_gpu)
+    monkeypatch.setattr(decode, "plan", decode.plan_on_gpu)
+    monkeypatch.setattr(prefill, "attend", attend)
+
+
+@pytest.mark.parametrize("kind", ["dms", "fold", "dmc", "window"])
+def test_answers(kind: str, request: pytest.FixtureRequest) -> None:
+    model = models.tiny("llama", dtype=torch.float32, num_hidden_layers=2, num_attention_heads=4)
+    policy = policy_of(model, kind)
+    prompts = {str(n): models.prompt(n, seed=n) for n in ((23, 5) if kind != "window" else (60, 5))}
+    with compress(model, policy):
+        wanted = {
+            name: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+            for name, ids in prompts.items()
+        }
+    request.getfixturevalue("on_triton")
+    options = {
+        "kv_memory": "256KiB",
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 25 if kind != "window" else 62,
+        "max_model_len": 64,
+    }
+    core = EngineCore(model, policy, **options)
+    answers: dict[str, list[int]] = {name: [] for name in prompts}
+    for name, ids in prompts.items():
+        core.add(Request(name, tuple(ids[0].tolist()), SamplingParams(temperature=0.0, max_tokens=TOKENS)))
+    while core.unfinished:
+        for news in core.step():
+            answers[news.request_id] += news.token_ids
+    core.step()
+    pool = core.runner.pool
+    check_integrity(pool)
+    assert int(pool.free_count) == pool.owner.numel()
+    core.close()
+    assert answers == {name: ids[0, -TOKENS:].tolist() for name, ids in wanted.items()}
