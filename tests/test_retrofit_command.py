@@ -80,8 +80,8 @@ def test_defaults_are_those_of_the_recipe(place: Path, taught: dict[str, Any]) -
 def test_every_option_reaches_the_recipe(place: Path, taught: dict[str, Any]) -> None:
     expected = Recipe(
         method="fold", ratios=(2.0, 3.5), train="lora", steps=9, rows=3, length=300, delay=5, sinks=3, rate=0.5,
-        model_rate=0.25, margin=0.9, lm_weight=0.75, recall_share=0.25, answer_weight=2.0, adapt="all", rank=3, mlp_size=7, seed=11,
-        accumulate=2, checkpointing=True, compile=True,
+        model_rate=0.25, margin=0.9, lm_weight=0.75, recall_share=0.25, answer_weight=2.0, adapt="all", rank=3,
+        mlp_size=7, seed=11, accumulate=2, checkpointing=True, compile=True,
     )  # fmt: skip
     same = {f.name for f in fields(Recipe) if getattr(expected, f.name) == f.default}
     assert same == INNER  # so that no option can be forgotten above
