@@ -121,8 +121,9 @@ class Both(test_update.Both):
         self.given |= self.pool.owner >= 0
         for layer, (q, keys, values, _, said) in enumerate(tokens):
             seen = extend.extend(self.pool, layer, chunks, keys, values, said)
-            rule = seen.rule._replace(stays=seen.rule.stays.clone())
-            outs.append(prefill.attend_plain(q, seen.keys, seen.values, chunks.rows, seen.past, rule, 0.7))
+            outs.append(prefill.attend_plain(q, seen.keys, seen.values, chunks.rows, seen.past, seen.rule, 0.7))
+            for stop in chunks.rows.keys[1:].tolist():
+                assert not seen.rule.stays[:, max(0, stop - self.delay.tokens) : stop].any()
         update.give_back(self.pool)
         return outs
 
@@ -252,6 +253,19 @@ def test_alone_or_beside_a_row_that_is_nan(backend: Backend, name: str) -> None:
             alone, beside = (stream(pool, 0, layer, head) for pool in pools)
             check_same(beside, alone)
             assert all(bool(x.isfinite().all()) for x in stream(pools[1], 1, layer, head).values())
+
+
+def test_a_seat_that_held_nan(backend: Backend) -> None:
+    """Steps go on from a short chunk, whose tokens are all young, as if nobody had had the seat."""
+    both = make_both(DELAYS["fold 5"])
+    nan = [(q, k * torch.nan, v * torch.nan, marks, said) for q, k, v, marks, said in both.new_tokens(9)]
+    both.chunk_device({1: 9}, nan)
+    both.restart(1)
+    both.chunk({1: 3})
+    backend.alternate(False)
+    for _ in range(12):
+        both.step(torch.tensor([False, True, False]), marked=0.9)
+    both.check()
 
 
 def _joined(first: Any, second: Any) -> Any:

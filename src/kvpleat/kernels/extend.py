@@ -325,9 +325,9 @@ def _settle(
     for name, new in {"slots": index, **known._asdict()}.items():
         if getattr(ring, name) is not None:
             getattr(ring, name)[chunk.seat, layer, :, places] = new[:, first - chunk.first :]
-    for held, now in zip((ring.members, ring.member_carry), newest or (), strict=False):
-        assert held is not None
-        held[chunk.seat, layer] = now
+    for held, now in zip((ring.members, ring.member_carry), newest or (None, None), strict=True):
+        if held is not None and (now is not None or chunk.first == 0):
+            held[chunk.seat, layer] = 0.0 if now is None else now  # 0: not what another sequence left
 
 
 def _places(pool: DevicePool, start: int, stop: int) -> Tensor:

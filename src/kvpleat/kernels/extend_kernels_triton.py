@@ -137,9 +137,14 @@ def leave(key, value, log_weight, page_table, lengths, failed, slots, marked, lo
             if WEIGHS:
                 tl.store(shares + out, tl.maximum(share, LEAST_WEIGHT), mask=on)
     if MERGES:
-        _copy(members + at * KNOWN * WIDTH, before + stream * KNOWN * WIDTH, KNOWN * WIDTH)
+        kept = tl.where(first > 0, KNOWN, 0)  # what another sequence left in the seat does not count
+        now = tl.where(going & (formed == 0), KNOWN, 0)
+        sums, carried = members + at * KNOWN * WIDTH, member_carry + at * KNOWN
+        _copy(sums, before + stream * KNOWN * WIDTH, kept * WIDTH, KNOWN * WIDTH, KNOWN * WIDTH)
+        _copy(sums, sums, 0 * kept, now * WIDTH, KNOWN * WIDTH)
         if not SUMS:
-            _copy(member_carry + at * KNOWN, before_carry + stream * KNOWN, KNOWN)
+            _copy(carried, before_carry + stream * KNOWN, kept, KNOWN, KNOWN)
+            _copy(carried, carried, 0 * kept, now, KNOWN)
     last = tl.maximum(total - RING, 0) + lane  # the keys that the ring remembers from now on
     there = last < total
     marks = _mark(marked, said, ring, step, head, first, young, begin, num_new, last, there, RING, SINKS)
@@ -201,10 +206,11 @@ def _move(key, value, log_weight, page_table, failed, slots, raw_keys, raw_value
 
 
 @triton.jit
-def _copy(from_, to, size: tl.constexpr):
+def _copy(from_, to, there, count, size: tl.constexpr):
+    """`count` numbers, at most `size`; of these 0 from number `there` on."""
     for n in range(0, size, 256):
         i = n + tl.arange(0, 256)
-        tl.store(to + i, tl.load(from_ + i, mask=i < size, other=0.0), mask=i < size)
+        tl.store(to + i, tl.load(from_ + i, mask=i < there, other=0.0), mask=i < count)
 
 
 # ---- entries that leave one by one: what is written

@@ -33,7 +33,7 @@ def append(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: T
     kernels.append[keys.shape[1] // COPIED + size, heads](
         *arrays, pool.page_table, pool.lengths, pool.failed, keys, values, chunks.seats, chunks.starts,
         chunks.rows.new, lengths, layer, layers, limit, size, *keys.stride()[:2], *values.stride()[:2], H=heads,
-        S=pool.shape.page_size, D=pool.shape.head_dim, CHANNELS=_channels(pool), B=COPIED, ROWS=_power(size),
+        S=pool.shape.page_size, D=pool.shape.head_dim, CHANNELS=_channels(pool), B=COPIED, ROWS=_rows(size),
         num_warps=4)  # fmt: skip
     return past_of(pool, layer, chunks, lengths)
 
@@ -77,7 +77,7 @@ def extend(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: T
         pool.key, pool.value, log_weight, pool.page_table, pool.failed, ring.members, ring.member_carry, keys, values,
         cos, sin, chunks.seats, *chunks.rows, raw_keys, raw_values, group_keys, group_values, log_size, places,
         carries, shares, before, before_carry, layer, layers, limit, size, num_keys, *keys.stride()[:2],
-        *values.stride()[:2], **options, HALF=half, B=block, ROWS=_power(size),
+        *values.stride()[:2], **options, HALF=half, B=block, ROWS=_rows(size),
         num_warps=MERGE_WARPS if delay.merges else SETTLE_WARPS)  # fmt: skip
     groups = None if group_keys is None or group_values is None else (group_keys, group_values)
     rule = Leaving(delay.tokens, stays.view(torch.bool), groups, log_size)
@@ -91,6 +91,11 @@ def _ints(device: torch.device, *size: int) -> Tensor:
 def _channels(pool: DevicePool) -> int:
     """Of a block that holds a key: 16 at least, for products."""
     return max(16, _power(pool.shape.head_dim))
+
+
+def _rows(size: int) -> int:
+    """Of a block that holds what there is of each chunk: one size for the usual numbers, since each is compiled."""
+    return max(16, _power(size))
 
 
 def _power(size: int) -> int:
