@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from kvpleat.engine.attention import IMPLEMENTATION, attention_forward
+from kvpleat.engine.attention import IMPLEMENTATION, Step, attention_forward
 from kvpleat.errors import AttachError, UnsupportedError
 from kvpleat.hf import adapters, borrowed
 from kvpleat.hf.attention import IMPLEMENTATION as OF_COMPRESS
@@ -72,14 +72,12 @@ class Attached:
             raise
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _ask(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before an attention module: what gates put out goes along to the attention function."""
-        if "kvpleat_step" not in kwargs:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, "kvpleat_said": self.policy.logits(int(module.layer_idx), hidden)}
+    def _ask(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before an attention module: ask the gates about the tokens, for the attention function."""
+        step: Step | None = kwargs.get("kvpleat_step")
+        if step is not None:  # without one the attention function says what is wrong
+            layer = int(module.layer_idx)
+            step.said[layer] = self.policy.logits(layer, args[0] if args else kwargs["hidden_states"])
 
     def check(self) -> None:
         """Raise AttachError where somebody else took the model over."""

@@ -4,7 +4,7 @@ transformers calls `attention_forward` once per layer with the tokens of a step,
 the chunks of prompts. Every layer writes first and attends then, so that each token sees itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,12 +55,16 @@ class Step:
 
     Args:
         policy: of the model. columns: pages of a stream that this step can reach, for those who read them all.
+
+    Attributes:
+        said: what gates put out about all tokens, by layer: [outputs, 1, H, T]; empty where there are none.
     """
 
     policy: Policy
     tokens: Tokens | None
     prompts: Prompts | None
     columns: int
+    said: dict[int, Tensor] = field(default_factory=dict)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # layers differ in it, and share the rest
@@ -74,15 +78,12 @@ def attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     kvpleat_step: Step | None = None,
-    kvpleat_said: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function behind transformers' AttentionInterface.
 
     Args:
-        query: [1, Q, T, D] rotated. key, value: [1, H, T, D].
-        kvpleat_step: of the runner. kvpleat_said: [outputs, 1, H, T] what gates put out, by a hook; None: there are
-            none.
+        query: [1, Q, T, D] rotated. key, value: [1, H, T, D]. kvpleat_step: of the runner.
 
     Returns:
         [1, T, Q, D] and None.
@@ -95,17 +96,29 @@ def attention_forward(
     step, layer = kvpleat_step, int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = borrowed.clear(query, step.policy)[0]
+    logits = _said(step, layer)
     count = 0 if step.tokens is None else step.tokens.active.shape[0]
     parts: list[Tensor] = []
     if step.tokens is not None:
         q, k, v = (x[:, :count].transpose(0, 1) for x in (query, key[0], value[0]))
-        said = None if kvpleat_said is None else kvpleat_said[:, 0, :, :count].transpose(1, 2)
+        said = None if logits is None else logits[:, 0, :, :count].transpose(1, 2)
         parts.append(_decode(step.tokens, layer, q, k, v, said, scale, softcap, step.columns))
     if step.prompts is not None:
         q, k, v = (x[:, count:] for x in (query, key[0], value[0]))
-        said = None if kvpleat_said is None else kvpleat_said[:, 0, :, count:]
+        said = None if logits is None else logits[:, 0, :, count:]
         parts.append(_prefill(step.prompts, layer, q, k, v, said, scale, softcap).transpose(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _said(step: Step, layer: int) -> Tensor | None:
+    """What gates put out about the tokens, [outputs, 1, H, T]; None: there are none."""
+    logits = step.said.pop(layer, None)
+    if logits is None and step.policy.delay is not None:
+        raise AttachError(
+            f"Attention of layer {layer} ran without its gates: its module was replaced after the engine was made. "
+            "Close the engine, replace modules first, and make it again."
+        )
+    return logits
 
 
 def _decode(
