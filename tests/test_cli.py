@@ -264,17 +264,8 @@ def test_flags_are_a_decision() -> None:
         "report": {"files", "--out", "--markdown"},
         "retrofit": {"--model", "--data", "--held-out", "--held-out-rows", "--text-field", "--out", "--json"}
         | {"--method", "--ratio", "--train", "--steps", "--tokens", "--rows", "--length", "--delay", "--rate"}
-        | {
-            "--model-rate",
-            "--margin",
-            "--seconds",
-            "--recall-share",
-            "--answer-weight",
-            "--lm-weight",
-            "--adapt",
-            "--rank",
-            "--mlp-size",
-        }
+        | {"--sinks", "--model-rate", "--margin", "--seconds", "--recall-share", "--answer-weight", "--lm-weight"}
+        | {"--adapt", "--rank", "--mlp-size"}
         | {"--accumulate", "--checkpointing", "--compile", "--save-every", "--no-resume", "--deadline", "--seed"}
         | {"--dtype", "--device", "--trust-remote-code"},
     }
