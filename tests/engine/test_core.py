@@ -2,7 +2,6 @@
 runs beside it, wherever prompts are cut, and however often it gives its pages up."""
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvpleat import accounting, compress
+from kvpleat.engine import sizes
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Emitted, Request, SamplingParams
 from kvpleat.errors import AttachError, OptionError, UnsupportedError
@@ -155,10 +155,12 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-def memory_of(kind: str, pages: int) -> int:
-    """Bytes of so many pages."""
-    shape = replace(describe(model_of()).shape, fields=policy_of(kind).fields)
-    return pages * accounting.page_bytes(shape)
+def memory_of(kind: str, pages: int, seats: int = 4) -> int:
+    """Bytes of so many pages and of what else the cache needs, for sequences of 100 tokens."""
+    policy, facts = policy_of(kind), describe(model_of())
+    facts = facts.stored_with(policy.fields, None)
+    fixed = sizes.fixed_bytes(policy, facts, seats, 100)
+    return sum(fixed.values()) + pages * (accounting.page_bytes(facts.shape) + accounting.PAGE_OVERHEAD)
 
 
 @pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc", "window"])
@@ -173,8 +175,8 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
     """Arrivals, cancels and pools that are too small for all: every request ends with its own tokens, and at the end
     all pages are free."""
     options = {"max_num_seqs": seats, "max_num_batched_tokens": step_tokens, "max_model_len": 100}
-    with Engine(kind, kv_memory=memory_of(kind, pages), **options) as engine:
-        assert engine.core.runner.pool.owner.numel() <= pages
+    with Engine(kind, kv_memory=memory_of(kind, pages, seats), **options) as engine:
+        assert engine.core.runner.pool.owner.numel() == min(pages, 28 * seats)
         gone = set()
         for step in range(41):
             for i, request in enumerate(requests):
@@ -212,7 +214,7 @@ def test_alone_without_memory() -> None:
         layer.bias.sub_(100.0)  # nothing is ever marked, whatever the gates were trained for
     with Engine("dms", kv_memory=memory_of("dms", 24), max_model_len=100) as engine:
         engine.core.close()
-        options = {"kv_memory": memory_of("dms", 24), "max_model_len": 100, "max_num_batched_tokens": 16}
+        options = {"kv_memory": memory_of("dms", 24, 2), "max_model_len": 100, "max_num_batched_tokens": 16}
         engine.core = EngineCore(model, policy, **options, max_num_seqs=2)
         engine.add("long", 70)
         engine.add("short", 16, 8)
@@ -355,7 +357,7 @@ def test_nan_stays_in_its_row(kind: str) -> None:
     try:
         with torch.no_grad():
             model.model.embed_tokens.weight[poisoned] = torch.nan
-        with Engine(kind, max_num_seqs=2, kv_memory=memory_of(kind, 48), max_model_len=100) as engine:
+        with Engine(kind, max_num_seqs=2, kv_memory=memory_of(kind, 48, 2), max_model_len=100) as engine:
             prompt = (*prompt_of(40)[:30], poisoned, *prompt_of(9))
             engine.core.add(Request("bad", prompt, SamplingParams(temperature=0.0)))
             engine.answers["bad"], engine.reasons["bad"], engine.logprobs["bad"] = [], None, []
@@ -397,7 +399,8 @@ def test_requests_that_cannot_run(prompt: tuple[int, ...], options: dict[str, An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_memory": "64KiB"}, "one sequence of 200 tokens is expected to need"),
+        ({"kv_memory": "64KiB"}, "One sequence of 200 tokens is expected to need"),
+        ({"kv_memory": "1KiB"}, "page tables.* for 4 sequences of 200 tokens, and then 0 pages.*smaller max_num_seqs"),
         ({"kv_memory": "a lot"}, "no amount of memory"),
         ({"max_model_len": 513}, "knows 512 positions"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 48}, "a token of every request"),

@@ -701,7 +701,7 @@ def tiny() -> base.models.LoadedModel:
     return tokenizers.byte_model.load()
 
 
-SMALL: dict[str, Any] = {"kv_memory": "96KiB", "max_num_seqs": 3, "max_num_batched_tokens": 48, "max_model_len": 300}
+SMALL: dict[str, Any] = {"kv_memory": "112KiB", "max_num_seqs": 3, "max_num_batched_tokens": 48, "max_model_len": 300}
 PROMPTS = ["hello world", "the quick brown fox jumps over the lazy dog. " * 4, "x", "Grüße 🙂", "hello world"]
 
 

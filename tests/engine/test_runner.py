@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpleat import accounting
+from kvpleat.engine import sizes
 from kvpleat.engine.attach import Attached
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.engine.rows import Feed, Plan, Row
-from kvpleat.engine.runner import Runner, ladder, packed
-from kvpleat.engine.sizes import parse_bytes
+from kvpleat.engine.runner import Runner, packed
+from kvpleat.engine.sizes import ladder, parse_bytes
 from kvpleat.errors import OptionError
 from kvpleat.kernels import decode, extend, prefill, update
-from kvpleat.policies import DMC, DMS, Fold, Full, GateConfig, Gates
+from kvpleat.policies import DMC, DMS, Fold, Full, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
 from tests import models
 
@@ -72,10 +73,11 @@ def test_no_bytes(text: Any) -> None:
 
 
 def policy_of(model: Any, kind: str) -> Policy:
-    if kind == "full":
-        return Full()
-    config, (cls, delay) = model.config, {"dms": (DMS, 4), "fold": (Fold, 4), "dmc": (DMC, 0)}[kind]
-    gates = GateConfig(cls.name, config.num_hidden_layers, config.num_key_value_heads, config.hidden_size, delay)
+    if kind in ("full", "window"):
+        return Full() if kind == "full" else Window(budget=48)
+    learned = {"dms": (DMS, 4, None), "fold": (Fold, 4, None), "dmc": (DMC, 0, None), "dmc of 3": (DMC, 0, 3)}
+    config, (cls, *rest) = model.config, learned[kind]
+    gates = GateConfig(cls.name, config.num_hidden_layers, config.num_key_value_heads, config.hidden_size, *rest)
     return cls(gates=Gates(gates).requires_grad_(False))
 
 
@@ -192,15 +194,24 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- memory
 
 
-@pytest.mark.parametrize("kind", ["full", "fold"])
-def test_memory_is_not_exceeded(kind: str) -> None:
-    """Keys, values and what belongs to each fill what was given to a page, and no more."""
+@pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc", "dmc of 3", "window"])
+@pytest.mark.parametrize("seats", [3, 8])
+def test_memory_is_not_exceeded(kind: str, seats: int) -> None:
+    """The cache and all that belongs to it fill what was given to a page, and no more."""
     model = models.tiny("llama", dtype=torch.float32)
-    core = EngineCore(model, policy_of(model, kind), kv_memory=300_001, max_num_seqs=8, max_model_len=100)
-    pool = core.runner.pool
-    page = accounting.page_bytes(pool.shape)
-    assert 300_001 - page < accounting.tensor_bytes(*pool.arrays.values()) <= 300_001
+    memory = 300_001
+    core = EngineCore(model, policy_of(model, kind), kv_memory=memory, max_num_seqs=seats, max_model_len=200)
+    pool, works = core.runner.pool, [width.work for width in core.runner._widths.values()]
+    page = accounting.page_bytes(pool.shape) + accounting.PAGE_OVERHEAD
+    taken = accounting.storage_bytes([pool, works])
+    assert memory - page < taken <= memory
+    fixed = sizes.fixed_bytes(core._attached.policy, core._attached.facts, seats, 200)
+    assert taken == sum(fixed.values()) + pool.owner.numel() * page
     core.close()
+
+
+def test_no_more_memory_than_can_be_used() -> None:
+    model = models.tiny("llama", dtype=torch.float32)
     core = EngineCore(model, Full(), max_num_seqs=2, max_model_len=100)
     assert core.runner.pool.owner.numel() == 2 * 6 * 7, "no more than two rows of seven pages a stream can use"
     core.close()

@@ -30,8 +30,9 @@ class Engine:
             model of transformers in eval mode. It is the engine's until `close`, which leaves it as it was.
         policy: what is kept of the KV memory: Full (also where it is None), Window, DMS, Fold or DMC.
         tokenizer: of transformers; None: the one that was loaded with the model.
-        kv_memory: bytes for keys and values, as a number or as "20GiB"; never exceeded. None: four fifths of a GPU's
-            free memory, a quarter of the machine's on a CPU, and no more than all requests could ever use.
+        kv_memory: bytes for keys, values and all tensors that say where they are, as a number or as "20GiB"; never
+            exceeded. Weights, and what a step computes with, come on top. None: four fifths of a GPU's free memory, a
+            quarter of the machine's on a CPU, and no more than max_num_seqs sequences of max_model_len could use.
         max_num_seqs: requests that run at a time. Others wait.
         max_num_batched_tokens: tokens of one step, of prompts and of answers together.
         max_model_len: longest sequence, prompt and answer; None: what the model knows.

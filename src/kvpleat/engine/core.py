@@ -29,7 +29,8 @@ class EngineCore:
     Args:
         model: a causal LM of a known family, in eval mode, on one device. It is the engine's until `close`.
         policy: what to keep; Full, Window, DMS, Fold or DMC.
-        kv_memory: of keys, values and what belongs to each, in bytes or as "20GiB"; None: see `sizes.memory_for`.
+        kv_memory: of the cache and all that it needs on the device, in bytes or as "20GiB"; None: see
+            `sizes.memory_for`.
         max_num_seqs: requests that run at a time. max_num_batched_tokens: of a step.
         max_model_len: longest sequence, prompt and output; None: what the model knows.
         seed: of requests that bring none. enforce_eager: no CUDA graphs.

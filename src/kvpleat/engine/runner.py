@@ -22,6 +22,7 @@ from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.params import TokenLogprobs
 from kvpleat.engine.rows import Counters, Feed, Plan, Row
 from kvpleat.engine.sampling import Mode, Sampled, Sampler
+from kvpleat.engine.sizes import ladder
 from kvpleat.kernels import decode, extend, reference, update
 from kvpleat.kernels.decode import Work
 from kvpleat.kernels.device_pool import DevicePool, Ring, new_pool
@@ -224,12 +225,6 @@ class Runner:
     def close(self) -> None:
         """Let go of graphs, which hold on to the memory of their tensors."""
         self._graphs.clear()
-
-
-def ladder(most: int) -> list[int]:
-    """Widths of steps: powers of two, and `most`."""
-    sizes = [1 << i for i in range(most.bit_length()) if 1 << i < most]
-    return [*sizes, most]
 
 
 def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,8 @@ from kvpleat.cache.memory import physical_memory
 from kvpleat.engine.rows import Limits
 from kvpleat.errors import OptionError
 from kvpleat.hf.families import ModelFacts
+from kvpleat.kernels import decode
+from kvpleat.kernels.device_pool import pool_bytes
 from kvpleat.policies.base import Policy
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -30,7 +32,7 @@ def parse_bytes(text: int | str) -> int:
 
 
 def memory_for(kv_memory: int | str | None, device: torch.device) -> int:
-    """Bytes for pages: what was asked for, or four fifths of a GPU's free memory, or a quarter of the machine's. No
+    """Bytes for the cache: what was asked for, or four fifths of a GPU's free memory, or a quarter of the machine's. No
     more is taken of it than all seats can ever use."""
     if kv_memory is not None:
         return parse_bytes(kv_memory)
@@ -60,31 +62,47 @@ def length_for(max_model_len: int | None, facts: ModelFacts) -> int:
     return max_model_len
 
 
+def ladder(most: int) -> list[int]:
+    """Widths of steps: powers of two, and `most`."""
+    sizes = [1 << i for i in range(most.bit_length()) if 1 << i < most]
+    return [*sizes, most]
+
+
+def fixed_bytes(policy: Policy, facts: ModelFacts, seats: int, length: int) -> dict[str, int]:
+    """Bytes of what the cache needs on the device beside its pages, by what it is."""
+    found = pool_bytes(facts.shape, policy.delayed, seats, 0, length)[1]
+    work = sum(decode.room_bytes(n, facts.shape, facts.device) for n in ladder(seats))
+    return {**found, "work lists of attention": work}
+
+
 def limits(
     policy: Policy, facts: ModelFacts, kv_memory: int | str | None, seats: int, step_tokens: int, length: int
 ) -> Limits:
-    """What the scheduler shares out.
+    """What the scheduler shares out: pages for what `fixed_bytes` leaves of the memory.
 
     Raises:
         OptionError: not even one sequence of `length` tokens is expected to fit.
     """
     shape, memory = facts.shape, memory_for(kv_memory, facts.device)
     most = seats * shape.num_streams * -(-length // shape.page_size)  # all that could ever be used
+    fixed, page = fixed_bytes(policy, facts, seats, length), pool_bytes(shape, policy.delayed, 0, 1, 0)[0]
     found = Limits(
         seats=seats,
         step_tokens=step_tokens,
         length=length,
-        pages=min(memory // accounting.page_bytes(shape), most),
+        pages=min(max(0, memory - sum(fixed.values())) // page, most),
         page_size=shape.page_size,
         streams=shape.num_streams,
         expected=functools.cache(lambda tokens: policy.expected_entries(tokens, shape)),
     )
     needed = min(found.pages_for(length) + shape.num_streams, most)
     if found.pages < needed:
-        page = accounting.page_bytes(shape)
+        taken = ", ".join(f"{accounting.human_bytes(size)} of {name}" for name, size in fixed.items() if size)
         raise OptionError(
-            f"kv_memory={kv_memory!r} holds {found.pages} pages of {accounting.human_bytes(page)}, and one sequence of "
-            f"{length} tokens is expected to need {needed} under {policy.name}, so it could not end. Pass at least "
-            f'kv_memory="{-(-needed * page // 2**20)}MiB", a smaller max_model_len, or a policy that keeps less.'
+            f"kv_memory={memory if kv_memory is None else kv_memory!r} holds {taken} for {seats} sequences of {length} "
+            f"tokens, and then {found.pages} pages of {accounting.human_bytes(page)}. One sequence of {length} tokens "
+            f"is expected to need {needed} under {policy.name}, so it could not end. Pass at least "
+            f'kv_memory="{-(-(needed * page + sum(fixed.values())) // 2**20)}MiB", a smaller max_num_seqs or '
+            "max_model_len, or a policy that keeps less."
         )
     return found

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvpleat import accounting
 from kvpleat.errors import OptionError
 from kvpleat.kernels import reference
+from kvpleat.types import KVShape
 
 SHARE = 8
 
@@ -97,17 +99,27 @@ def room(
             "of entries from 16 on. Pass 32, 64 or 128."
         )
     rows, layers, heads = lengths.shape
-    if programs is None:
-        on_gpu = lengths.device.type == "cuda"
-        programs = launch.programs * (
-            torch.cuda.get_device_properties(lengths.device).multi_processor_count if on_gpu else 1
-        )
+    programs = programs or _programs(launch, lengths.device)
 
     def numbers(*shape: int) -> Tensor:
         return torch.zeros(layers, *shape, dtype=torch.int32, device=lengths.device)
 
     starts, tiles = numbers(rows * heads + 1), numbers(rows * heads + 1)
     return Work(launch, page_size, starts, tiles, numbers(programs, SHARE), numbers(rows * heads))
+
+
+def room_bytes(rows: int, shape: KVShape, device: torch.device) -> int:
+    """Bytes of the `room` for so many rows, exactly. device: that it will be on."""
+    lengths = torch.empty(rows, shape.num_layers, shape.num_kv_heads, device="meta")
+    programs = _programs(launch_for(shape.head_dim, shape.dtype, shape.page_size), device)
+    work = room(lengths, shape.head_dim, shape.dtype, shape.page_size, programs=programs)
+    return accounting.tensor_bytes(*work[2:])
+
+
+def _programs(launch: Launch, device: torch.device) -> int:
+    """Of a grid that fills a device."""
+    on_gpu = device.type == "cuda"
+    return launch.programs * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1)
 
 
 def plan(work: Work, lengths: Tensor, active: Tensor | None = None, ahead: int = 1) -> None:

@@ -4,8 +4,8 @@
 kvpleat.types, and M: pages that a stream may have.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,30 @@ def new_pool(
         row_pages=ints(num_rows),
         ring=None if delay is None else _new_ring(shape, delay, num_rows, device),
     )
+
+
+def pool_bytes(
+    shape: KVShape, delay: Delay | None, num_rows: int, num_pages: int, max_entries: int
+) -> tuple[int, dict[str, int]]:
+    """Bytes of a pool, exactly: one is made of tensors without memory.
+
+    Args:
+        As those of `new_pool`.
+
+    Returns:
+        of the pages and what belongs to each; and of what is there for the rows, by what it is.
+    """
+    pool = new_pool(shape, delay, num_rows, num_pages, max_entries, torch.device("meta"))
+    found: dict[str, Any] = {f.name: getattr(pool, f.name) for f in fields(pool)}
+    paged = _bytes(*found.pop("arrays").values(), found.pop("owner"), found.pop("free_pages"))
+    ring, table = _bytes(*(found.pop("ring") or ())), _bytes(found.pop("page_table"))
+    counts = _bytes(*(x for x in found.values() if isinstance(x, Tensor)))
+    return paged, {"page tables": table, "last tokens and groups": ring, "counts": counts}
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    """Of all that stands behind tensors, which may be views."""
+    return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
 
 
 def _new_ring(shape: KVShape, delay: Delay, num_rows: int, device: torch.device) -> Ring:
