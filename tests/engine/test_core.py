@@ -14,7 +14,7 @@ from kvpleat.engine import sizes
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Emitted, Request, SamplingParams
 from kvpleat.errors import AttachError, OptionError, UnsupportedError
-from kvpleat.hf.families import describe
+from kvpleat.hf.families import base_of, describe
 from kvpleat.kernels.device_pool import check_integrity
 from kvpleat.policies import DMC, DMS, AttentionScore, Fold, Full, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
@@ -47,13 +47,13 @@ def policy_of(kind: str, family: str = "llama") -> Policy:
     if kind in fixed:
         return fixed[kind]
     cls, delay, look_back = LEARNED[kind]
-    config = model_of(family).config
-    options = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size
+    base = base_of(model_of(family), describe(model_of(family)))
+    options = base["num_layers"], base["num_kv_heads"], base["hidden_size"]
     gates = Gates(GateConfig(cls.name, *options, delay, look_back, scale=2.0, ratio=1.5))
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in gates.outer:
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=random) * 1.25 / config.hidden_size**0.5)
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=random) * 1.25 / options[2] ** 0.5)
             layer.bias.copy_(torch.randn(layer.bias.shape, generator=random) / 2)
     return cls(gates=gates.requires_grad_(False))
 
@@ -121,7 +121,7 @@ class Engine:
         self.core.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3", "mistral"])
 def test_families(family: str) -> None:
     """Prompts of several lengths, more of them than seats, cut where the step ends: transformers' own tokens."""
     lengths = [5, 37, 1, 64, 100, 18]
@@ -133,16 +133,17 @@ def test_families(family: str) -> None:
     assert set(engine.reasons.values()) == {"length"}
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 @pytest.mark.parametrize("kind", POLICIES)
-def test_policies(kind: str) -> None:
+def test_policies(kind: str, family: str) -> None:
     """Chunks of prompts beside tokens of other rows: the tokens of the one-model wrapper."""
     lengths = [70, 3, 41, 16, 1, 90]
-    with Engine(kind, "qwen3") as engine:
+    with Engine(kind, family) as engine:
         for length in lengths:
             engine.add(str(length), length)
         engine.run()
         assert engine.core.scheduler.preemptions == 0
-    assert engine.answers == {str(length): alone(kind, length, "qwen3") for length in lengths}
+    assert engine.answers == {str(length): alone(kind, length, family) for length in lengths}
 
 
 REQUEST = st.fixed_dictionaries(
@@ -155,9 +156,9 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-def memory_of(kind: str, pages: int, seats: int = 4) -> int:
+def memory_of(kind: str, pages: int, seats: int = 4, family: str = "llama") -> int:
     """Bytes of so many pages and of what else the cache needs, for sequences of 100 tokens."""
-    policy, facts = policy_of(kind), describe(model_of())
+    policy, facts = policy_of(kind, family), describe(model_of(family))
     facts = facts.stored_with(policy.fields, None)
     fixed = sizes.fixed_bytes(policy, facts, seats, 100)
     return sum(fixed.values()) + pages * (accounting.page_bytes(facts.shape) + accounting.PAGE_OVERHEAD)
@@ -193,18 +194,29 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
         assert answer == whole[: len(answer) if str(i) in gone else request["tokens"]]
 
 
-@pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc of 3", "window"])
-def test_preempted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "family", "pages"),
+    [
+        ("full", "llama", 34),
+        ("dms", "llama", 26),
+        ("fold", "llama", 26),
+        ("dmc of 3", "llama", 26),
+        ("window", "llama", 18),
+        ("full", "gpt2", 51),
+        ("fold", "gpt2", 42),
+    ],
+)
+def test_preempted(kind: str, family: str, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that give their pages up, in the middle of prompts and of answers, go on with the same tokens."""
-    pages = {"full": 34, "window": 18}.get(kind, 26)
     monkeypatch.setattr("kvpleat.engine.scheduler.SCALES", (0.125, 0.125))  # so that too many are let in
-    with Engine(kind, kv_memory=memory_of(kind, pages), max_model_len=100, max_num_batched_tokens=64) as engine:
+    memory = memory_of(kind, pages, family=family)
+    with Engine(kind, family, kv_memory=memory, max_model_len=100, max_num_batched_tokens=64) as engine:
         lengths = [60, 33, 17, 60, 16, 33]
         for i, length in enumerate(lengths):
             engine.add(str(i), length)
         engine.run()
         assert engine.core.scheduler.preemptions > 0
-    assert engine.answers == {str(i): alone(kind, length) for i, length in enumerate(lengths)}
+    assert engine.answers == {str(i): alone(kind, length, family) for i, length in enumerate(lengths)}
 
 
 def test_alone_without_memory() -> None:
@@ -417,7 +429,6 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     [
         ("gemma2", Full(), "sliding-window"),
         ("gemma3_text", Full(), "sliding-window"),
-        ("gpt2", Full(), "learned positions"),
         ("llama", AttentionScore(ratio=2.0), "not served by the engine yet"),
         ("llama", Full(bits=8), "bits=8"),
     ],

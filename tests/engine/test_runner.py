@@ -73,8 +73,8 @@ def test_no_bytes(text: Any) -> None:
 
 
 def policy_of(model: Any, kind: str) -> Policy:
-    if kind in ("full", "window"):
-        return Full() if kind == "full" else Window(budget=48)
+    if kind in ("full", "gpt2", "window"):
+        return Window(budget=48) if kind == "window" else Full()
     learned = {"dms": (DMS, 4, None), "fold": (Fold, 4, None), "dmc": (DMC, 0, None), "dmc of 3": (DMC, 0, 3)}
     config, (cls, *rest) = model.config, learned[kind]
     gates = GateConfig(cls.name, config.num_hidden_layers, config.num_key_value_heads, config.hidden_size, *rest)
@@ -118,13 +118,14 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runner(request: pytest.FixtureRequest, no_kernels: None) -> Iterator[Runner]:
-    model = models.tiny("llama", dtype=torch.float32)
+    family = "gpt2" if request.param == "gpt2" else "llama"
+    model = models.tiny(family, dtype=torch.float32)
     attached = Attached(model, policy_of(model, request.param), 16)
     yield Runner(attached, num_pages=64, num_seats=4, length=64, end_ids=(), eager=False)
     attached.close()
 
 
-@pytest.mark.parametrize("runner", ["full", "dms", "fold", "dmc"], indirect=True)
+@pytest.mark.parametrize("runner", ["full", "gpt2", "dms", "fold", "dmc"], indirect=True)
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "logprobs": 2}])
 def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step with prompts, one without, and one before which a row leaves."""
@@ -144,7 +145,7 @@ def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: 
             runner.launch(plan)
 
 
-@pytest.mark.parametrize("runner", ["full", "dms", "fold", "dmc"], indirect=True)
+@pytest.mark.parametrize("runner", ["full", "gpt2", "dms", "fold", "dmc"], indirect=True)
 def test_a_graph_could_hold_it(runner: Runner) -> None:
     """What is captured makes no tensor of numbers of the host, and leaves its results where they were."""
     before = {name: x.data_ptr() for name, x in vars(runner).items() if isinstance(x, Tensor)}

@@ -9,6 +9,7 @@ import torch
 from kvpleat import compress
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Request, SamplingParams
+from kvpleat.hf.families import base_of, describe
 from kvpleat.kernels import decode, extend, prefill, update
 from kvpleat.kernels.device_pool import check_integrity
 from kvpleat.policies import DMC, DMS, Fold, GateConfig, Gates, Window
@@ -21,12 +22,12 @@ TOKENS = 2  # of an answer
 def policy_of(model: Any, kind: str) -> Policy:
     if kind == "window":
         return Window(budget=48)
-    config, (cls, delay) = model.config, {"dms": (DMS, 4), "fold": (Fold, 4), "dmc": (DMC, 0)}[kind]
-    options = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size, delay
+    base, (cls, delay) = base_of(model, describe(model)), {"dms": (DMS, 4), "fold": (Fold, 4), "dmc": (DMC, 0)}[kind]
+    options = base["num_layers"], base["num_kv_heads"], base["hidden_size"], delay
     gates, random = Gates(GateConfig(cls.name, *options, scale=2.0)), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in gates.outer:
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=random) * 1.25 / config.hidden_size**0.5)
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=random) * 1.25 / options[2] ** 0.5)
             layer.bias.zero_()
     return cls(gates=gates.requires_grad_(False))
 
@@ -48,9 +49,12 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "attend", attend)
 
 
-@pytest.mark.parametrize("kind", ["dms", "fold", "dmc", "window"])
-def test_answers(kind: str, request: pytest.FixtureRequest) -> None:
-    model = models.tiny("llama", dtype=torch.float32, num_hidden_layers=2, num_attention_heads=4)
+@pytest.mark.parametrize(
+    ("kind", "family"), [("dms", "llama"), ("fold", "llama"), ("dmc", "llama"), ("window", "llama"), ("fold", "gpt2")]
+)
+def test_answers(kind: str, family: str, request: pytest.FixtureRequest) -> None:
+    heads = {} if family == "gpt2" else {"num_attention_heads": 4}
+    model = models.tiny(family, dtype=torch.float32, num_hidden_layers=2, **heads)
     policy = policy_of(model, kind)
     prompts = {str(n): models.prompt(n, seed=n) for n in ((23, 5) if kind != "window" else (60, 5))}
     with compress(model, policy):

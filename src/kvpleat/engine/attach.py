@@ -106,16 +106,11 @@ class Attached:
 
 
 def refuse_model(facts: ModelFacts) -> None:
-    """Refuse models whose layers are not all alike, or that do not rotate keys."""
+    """Refuse models whose layers are not all alike."""
     if facts.sliding:
         raise UnsupportedError(
             f"{facts.family} with {len(facts.sliding)} sliding-window layers is not served by the engine yet: it has "
             "one kind of pages. Use kvpleat.compress with transformers' generate()."
-        )
-    if facts.rotary is None:
-        raise UnsupportedError(
-            f"{facts.family} has learned positions, which the engine does not feed. Use kvpleat.compress with "
-            "transformers' generate()."
         )
 
 

@@ -171,8 +171,9 @@ class Runner:
 
     def _forward(self, step: Step, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         """Logits [n, V] after tokens ids [T] at positions [T]; last: [n] where those of each seat end; None: all."""
-        out = self.attached.model(
-            input_ids=ids[None],
+        model = self.attached.model
+        out = model(
+            inputs_embeds=model.get_input_embeddings()(ids[None]),  # of ids some families read whether they are padding
             position_ids=positions.long()[None],
             use_cache=False,
             logits_to_keep=0 if last is None else last,
