@@ -84,9 +84,13 @@ class Engine:
         self.reasons: dict[str, str | None] = {}
         self.logprobs: dict[str, list[Any]] = {}
 
-    def add(self, name: str, length: int, tokens: int = LONGEST, **options: Any) -> None:
+    def add(
+        self, name: str, length: int, tokens: int = LONGEST, changed: dict[int, int] | None = None, **options: Any
+    ) -> None:
+        """changed: tokens of the prompt that are others, by place."""
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": tokens, **options})
-        self.core.add(Request(name, prompt_of(length), params))
+        prompt = [(changed or {}).get(i, token) for i, token in enumerate(prompt_of(length))]
+        self.core.add(Request(name, tuple(prompt), params))
         self.answers[name], self.reasons[name], self.logprobs[name] = [], None, []
 
     def step(self) -> list[Emitted]:
@@ -358,29 +362,33 @@ def test_logprobs() -> None:
     assert engine.logprobs["none"] == []
 
 
-@pytest.mark.parametrize("kind", ["full", "dms", "fold", "window"])
+@pytest.mark.parametrize("kind", POLICIES)
 def test_nan_stays_in_its_row(kind: str) -> None:
-    """A row whose logits are not numbers ends with an error; those beside it and those that get its pages do not
-    notice."""
-    lengths = (37, 18, 60, 33)
+    """Rows whose numbers are not, from somewhere in a prompt or in an answer on, end with an error; those beside them
+    and those that get their seats and pages do not notice."""
+    lengths = (33, 60, 17, 1, 2)
     model, met = model_of(), {token for length in lengths for token in (*prompt_of(length), *alone(kind, length))}
-    poisoned = next(token for token in range(models.VOCAB) if token not in met)
-    kept = model.model.embed_tokens.weight.detach().clone()
-    try:
-        with torch.no_grad():
-            model.model.embed_tokens.weight[poisoned] = torch.nan
-        with Engine(kind, max_num_seqs=2, kv_memory=memory_of(kind, 48, 2), max_model_len=100) as engine:
-            prompt = (*prompt_of(40)[:30], poisoned, *prompt_of(9))
-            engine.core.add(Request("bad", prompt, SamplingParams(temperature=0.0)))
-            engine.answers["bad"], engine.reasons["bad"], engine.logprobs["bad"] = [], None, []
-            for length in lengths:
-                engine.add(str(length), length)
+    # A token of one answer and of no other row is poisoned, and put into a prompt.
+    found = ((n, token) for n in (16, 15, 48, 70, 5) for token in alone(kind, n) if token not in {*met, *prompt_of(n)})
+    length, poisoned = next(found)
+    with Engine(kind, max_num_seqs=3, kv_memory=memory_of(kind, 64, 3), max_model_len=100) as engine:
+        weight = model.model.embed_tokens.weight
+        kept = weight[poisoned].clone()
+        try:
+            with torch.no_grad():
+                weight[poisoned] = torch.nan
+            for name, number in (("in answer", length), ("33", 33), ("in prompt", 40), ("60", 60), ("17", 17)):
+                engine.add(name, number, changed={30: poisoned} if name == "in prompt" else {})
+            engine.add("1", 1)
+            engine.add("2", 2)
             engine.run()
-    finally:
-        with torch.no_grad():
-            model.model.embed_tokens.weight.copy_(kept)
-    assert engine.reasons.pop("bad") == "error"
-    assert engine.answers.pop("bad") == []
+        finally:
+            with torch.no_grad():
+                weight[poisoned] = kept
+    whole = alone(kind, length)
+    assert engine.answers.pop("in prompt") == []
+    assert engine.answers.pop("in answer") == whole[: whole.index(poisoned) + 1]
+    assert [engine.reasons.pop("in prompt"), engine.reasons.pop("in answer")] == ["error"] * 2
     assert engine.answers == {name: alone(kind, int(name)) for name in engine.answers}
 
 

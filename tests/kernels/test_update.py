@@ -265,6 +265,34 @@ def test_any_blocks(backend: Backend, name: str, streams: int, monkeypatch: pyte
     both.check()
 
 
+@pytest.mark.parametrize("name", ["fold 1", "dmc", "dmc of three"])
+def test_a_seat_that_held_nan(backend: Backend, name: str) -> None:
+    """Rows beside a row of NaN notice nothing of it, nor does a sequence that then begins in its seat with a step."""
+    delay = DELAYS[name]
+    shape = make_shape(delay)
+    both = Both(delay, shape, rotary_of(3), make_pool(shape, delay), seed=5)
+    for count in range(delay.tokens + 4):
+        backend.alternate(count in (0, delay.tokens + 3))
+        token = both.token(torch.tensor([True, True, False]), marked=0.9)
+        for keys, values, marks, _ in token:
+            for x in (keys, values, marks.log_carry, marks.weight):
+                if x is not None:
+                    x[1] = torch.nan
+        both.step_host(torch.tensor([True, False, False]), token)
+        both.step_device(torch.tensor([True, True, False]), token)
+        both.positions += torch.tensor([1, 1, 0], dtype=torch.int32)
+    both.restart(1)
+    for count in range(delay.tokens + 6):
+        backend.alternate(count == 0 or count > delay.tokens + 2)
+        both.step(torch.tensor([True, True, False]), marked=0.9)
+    backend.alternate(True)
+    for row in (0, 1):
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                assert all(bool(x.isfinite().all()) for x in stream(both.pool, row, layer, head).values())
+    both.check()
+
+
 @pytest.mark.parametrize("name", ["dms 1", "fold 5", "dmc"])
 def test_out_of_pages(backend: Backend, name: str) -> None:
     """A step without enough pages changes nothing, nor do those that follow, until a row is released; then it can be

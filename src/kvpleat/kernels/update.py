@@ -263,7 +263,11 @@ def _join(
     assert ring.members is not None
     assert ring.member_carry is not None
     assert due.log_carry is not None
-    before = Newest(ring.members[rows, layer], ring.member_carry[rows, layer])
+    goes_on = due.marked[..., None]  # else what was there does not count: 0 times NaN of another sequence would
+    before = Newest(
+        torch.where(goes_on[..., None], ring.members[rows, layer], 0.0),
+        torch.where(goes_on, ring.member_carry[rows, layer], 0.0),
+    )
     if turn is not None:
         turn = Turn(*(x[rows, None, None] for x in turn))
     carry = torch.where(due.marked, due.log_carry, -torch.inf)[..., None]
