@@ -115,7 +115,7 @@ class Engine:
             assert self.step() == []
         pool = self.core.runner.pool
         check_integrity(pool)
-        assert int(pool.free_count) == pool.owner.numel(), "pages are lost"
+        assert int(pool.free_count) == pool.holders.numel(), "pages are lost"
         return self
 
     def __enter__(self) -> "Engine":
@@ -181,7 +181,7 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
     all pages are free."""
     options = {"max_num_seqs": seats, "max_num_batched_tokens": step_tokens, "max_model_len": 100}
     with Engine(kind, kv_memory=memory_of(kind, pages, seats), **options) as engine:
-        assert engine.core.runner.pool.owner.numel() == min(pages, 28 * seats)
+        assert engine.core.runner.pool.holders.numel() == min(pages, 28 * seats)
         gone = set()
         for step in range(41):
             for i, request in enumerate(requests):

@@ -207,12 +207,12 @@ def test_memory_is_not_exceeded(kind: str, seats: int) -> None:
     taken = accounting.storage_bytes([pool, works])
     assert memory - page < taken <= memory
     fixed = sizes.fixed_bytes(core._attached.policy, core._attached.facts, seats, 200)
-    assert taken == sum(fixed.values()) + pool.owner.numel() * page
+    assert taken == sum(fixed.values()) + pool.holders.numel() * page
     core.close()
 
 
 def test_no_more_memory_than_can_be_used() -> None:
     model = models.tiny("llama", dtype=torch.float32)
     core = EngineCore(model, Full(), max_num_seqs=2, max_model_len=100)
-    assert core.runner.pool.owner.numel() == 2 * 6 * 7, "no more than two rows of seven pages a stream can use"
+    assert core.runner.pool.holders.numel() == 2 * 6 * 7, "no more than two rows of seven pages a stream can use"
     core.close()

@@ -82,7 +82,7 @@ def test_answers(kind: str, family: str, request: pytest.FixtureRequest) -> None
     core.step()
     pool = core.runner.pool
     check_integrity(pool)
-    assert int(pool.free_count) == pool.owner.numel()
+    assert int(pool.free_count) == pool.holders.numel()
     core.close()
     assert answers.pop("nan") == []
     assert answers == {name: ids[0, -TOKENS:].tolist() for name, ids in wanted.items()}

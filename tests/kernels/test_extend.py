@@ -60,7 +60,7 @@ def poison(pool: DevicePool) -> None:
     size = pool.shape.page_size
     index = torch.arange(pool.page_table.shape[-1] * size)
     slots = pool.page_table.long().repeat_interleave(size, -1) * size + index % size
-    unused = torch.ones(pool.owner.numel() * size, dtype=torch.bool)
+    unused = torch.ones(pool.holders.numel() * size, dtype=torch.bool)
     unused[slots[index < pool.lengths[..., None]]] = False
     for array in pool.arrays.values():
         array.flatten(0, 1)[unused] = float("nan") if array.dtype.is_floating_point else -(2**31)
@@ -118,7 +118,7 @@ class Both(test_update.Both):
         poison(self.pool)
         chunks, outs = self.plan(counts), []
         extend.reserve(self.pool, chunks)
-        self.given |= self.pool.owner >= 0
+        self.given |= self.pool.holders > 0
         for layer, (q, keys, values, _, said) in enumerate(tokens):
             seen = extend.extend(self.pool, layer, chunks, keys, values, said)
             outs.append(prefill.attend_plain(q, seen.keys, seen.values, chunks.rows, seen.past, seen.rule, 0.7))
@@ -153,9 +153,9 @@ def test_turns(backend: Backend, name: str) -> None:
         if number == 4:
             both.restart(1)
         both.check()
-    update.release(both.pool, torch.ones(ROWS, dtype=torch.bool))
+    update.release(both.pool, torch.arange(ROWS))
     check_integrity(both.pool)
-    assert int(both.pool.free_count) == both.pool.owner.numel()
+    assert int(both.pool.free_count) == both.pool.holders.numel()
 
 
 @pytest.mark.parametrize("name", ["dms 5", "fold 5", "dmc", "dmc of three"])
@@ -242,7 +242,7 @@ def test_alone_or_beside_a_row_that_is_nan(backend: Backend, name: str) -> None:
         if company:
             nan = [(q, k * torch.nan, v * torch.nan, marks, said) for q, k, v, marks, said in both.new_tokens(7)]
             both.chunk_device({1: 7, 0: 9}, [_joined(*each) for each in zip(nan, tokens[0], strict=True)])
-            update.release(both.pool, torch.tensor([False, True, False]))
+            update.release(both.pool, torch.tensor([1]))
         else:
             both.chunk_device({0: 9}, tokens[0])
         both.positions[0] = 9

@@ -77,7 +77,7 @@ def make_pool(
 
 def everything(pool: DevicePool) -> dict[str, Tensor]:
     """A copy of all that a pool holds, but for the flag and what is only valid during a change."""
-    named = {name: getattr(pool, name) for name in ("owner", "free_count", "page_table", "num_pages", "lengths")}
+    named = {name: getattr(pool, name) for name in ("holders", "free_count", "page_table", "num_pages", "lengths")}
     rings = {} if pool.ring is None else {name: x for name, x in pool.ring._asdict().items() if x is not None}
     return {name: x.clone() for name, x in {**pool.arrays, **named, **rings}.items()}
 
@@ -107,7 +107,7 @@ class Both:
         self.pages = PagePool(shape, CPU)
         self.caches = [self.new_cache() for _ in range(ROWS)]
         self.positions = torch.zeros(ROWS, dtype=torch.int32)
-        self.given = torch.zeros_like(pool.owner, dtype=torch.bool)  # pages that were ever somebody's
+        self.given = torch.zeros_like(pool.holders, dtype=torch.bool)  # pages that were ever somebody's
 
     def new_cache(self) -> PagedKVCache:
         return PagedKVCache(self.pages, 1, rotary=self.rotary, delay=self.delay)
@@ -143,7 +143,7 @@ class Both:
         at = self.positions - self.delay.tokens
         by = turn(at, self.rotary, torch.float32) if self.rotary is not None and self.delay.merges else None
         update.reserve_token(self.pool, self.positions, active)
-        self.given |= self.pool.owner >= 0
+        self.given |= self.pool.holders > 0
         for layer, (keys, values, _, said) in enumerate(token):
             update.step(self.pool, layer, self.positions, active, keys, values, said, by)
 
@@ -156,7 +156,7 @@ class Both:
     def restart(self, row: int) -> None:
         """Another sequence takes the row's seat."""
         self.caches[row] = self.new_cache()
-        update.release(self.pool, torch.arange(ROWS) == row)
+        update.release(self.pool, torch.tensor([row]))
         self.positions[row] = 0
 
     def check(self) -> None:
@@ -199,9 +199,9 @@ def test_steps(backend: Backend, name: str) -> None:
         if count % 9 == 0 or count in (1, 2, 3):
             both.check()
     both.check()
-    update.release(both.pool, torch.ones(ROWS, dtype=torch.bool))
+    update.release(both.pool, torch.arange(ROWS))
     check_integrity(both.pool)
-    assert int(both.pool.free_count) == both.pool.owner.numel()
+    assert int(both.pool.free_count) == both.pool.holders.numel()
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ class Model:
         for pool in pools.values():
             for name, array in pool.arrays.items():
                 array.copy_(self.pool.arrays[name])
-            for name in ("owner", "free_pages", "free_count", "page_table", "num_pages", "lengths"):
+            for name in ("holders", "free_pages", "free_count", "page_table", "num_pages", "lengths"):
                 getattr(pool, name).copy_(getattr(self.pool, name))
         self.pools = pools
 
@@ -450,7 +450,7 @@ class Model:
         assert torch.equal(self.pool.num_pages, -(-self.pool.lengths // size))
 
     def release(self, rows: list[bool]) -> None:
-        assert self.all(lambda pool: update.release(pool, torch.tensor(rows)))
+        assert self.all(lambda pool: update.release(pool, torch.tensor(rows).nonzero().flatten()))
         for at in self.held:
             if rows[at[0]]:
                 self.held[at] = set()

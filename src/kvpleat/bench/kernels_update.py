@@ -111,7 +111,7 @@ def _difference(mine: DevicePool, wanted: DevicePool) -> float:
         check_integrity(mine)
     except AssertionError:
         return math.inf
-    for name in ("lengths", "num_pages", "page_table", "owner", "free_count", "failed"):
+    for name in ("lengths", "num_pages", "page_table", "holders", "free_count", "failed"):
         if not torch.equal(getattr(mine, name).to(CPU), getattr(wanted, name)):
             return math.inf
     size = wanted.shape.page_size
@@ -167,7 +167,7 @@ def _moments(device: torch.device, on_gpu: bool) -> float:
         if position % 16 == 15:
             errors.append(_difference(*pools))
     for pool in pools:
-        update.release(pool, torch.arange(rows, device=pool.key.device) % 3 == 1)
+        update.release(pool, torch.arange(1, rows, 3, dtype=torch.int32, device=pool.key.device))
     return max(*errors, _difference(*pools))
 
 

@@ -26,7 +26,7 @@ class Steady:
         streams = rows * layers * HEADS
         self.pool = new_pool(shape, delay, rows, streams, 16, device)
         self.pool.page_table.copy_(torch.randperm(streams, device=device).view(self.pool.page_table.shape))
-        self.pool.owner.zero_()
+        self.pool.holders.fill_(1)
         self.pool.num_pages.fill_(1)
         self.pool.lengths.fill_(9)
         self.pool.free_count.zero_()

@@ -123,12 +123,12 @@ class Runner:
             written[POSITIONS, feed.seat], written[ACTIVE, feed.seat] = feed.start, 1
         for feed in plan.feeds:
             written[NUMBERS, feed.seat], written[DRAWS, feed.seat] = feed.number, feed.draws
-        for seat, _ in plan.released:
-            written[RELEASED, seat] = 1
+        for number, (seat, _) in enumerate(plan.released):
+            written[RELEASED, number] = seat
             self.sampler.unseat(seat)
         self._written.copy_(_pinned(torch.from_numpy(written), self.device), non_blocking=True)
         if plan.released:
-            update.release(self.pool, self._written[RELEASED] != 0)
+            update.release(self.pool, self._written[RELEASED, : len(plan.released)])
         if plan.clear:
             self.pool.failed.zero_()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpleat.errors import UnsupportedError
 from kvpleat.types import Delay, KVShape
 
-FREE = -1  # owner of a page nobody has, and what stands in a page table where no page is
+FREE = -1  # what stands in a page table where no page is
 EMPTY = -1  # no token was here yet
 ALIGNED = 8  # float32 numbers that memory gives out together: sums begin at multiples of them
 
@@ -41,7 +41,7 @@ class DevicePool:
     Args:
         shape: of the model. delay: what becomes of marked entries; None: entries leave at moments.
         arrays: by name of `shape.arrays`: "key" and "value" [P, S, D], side arrays [P, S].
-        owner: [P] int32 row that a page belongs to, or FREE.
+        holders: [P] int32 rows that have a page in their tables, several where it is shared; 0: it is free.
         free_pages: [P] int32 of which the first free_count are the free pages; the last of them is taken first.
         free_count: [1] int32.
         failed: [1] int32 pages that were missing when they ran out; 0: they did not.
@@ -53,7 +53,7 @@ class DevicePool:
     shape: KVShape
     delay: Delay | None
     arrays: dict[str, Tensor]
-    owner: Tensor
+    holders: Tensor
     free_pages: Tensor
     free_count: Tensor
     failed: Tensor
@@ -114,7 +114,7 @@ def new_pool(
             name: torch.empty(num_pages, shape.page_size, *item, dtype=dtype, device=device)
             for name, (item, dtype) in shape.arrays.items()
         },
-        owner=ints(num_pages, fill=FREE),
+        holders=ints(num_pages),
         free_pages=torch.arange(num_pages - 1, -1, -1, dtype=torch.int32, device=device),
         free_count=ints(1, fill=num_pages),
         failed=ints(1),
@@ -139,7 +139,7 @@ def pool_bytes(
     """
     pool = new_pool(shape, delay, num_rows, num_pages, max_entries, torch.device("meta"))
     found: dict[str, Any] = {f.name: getattr(pool, f.name) for f in fields(pool)}
-    paged = _bytes(*found.pop("arrays").values(), found.pop("owner"), found.pop("free_pages"))
+    paged = _bytes(*found.pop("arrays").values(), found.pop("holders"), found.pop("free_pages"))
     ring, table = _bytes(*(found.pop("ring") or ())), _bytes(found.pop("page_table"))
     counts = _bytes(*(x for x in found.values() if isinstance(x, Tensor)))
     return paged, {"page tables": table, "last tokens and groups": ring, "counts": counts}
@@ -174,17 +174,33 @@ def _new_ring(shape: KVShape, delay: Delay, num_rows: int, device: torch.device)
 
 
 def check_integrity(pool: DevicePool) -> None:
-    """Raise AssertionError unless every page is free or owned once and all counts add up. Reads from the host."""
-    size, free = pool.shape.page_size, int(pool.free_count)
-    limit = torch.arange(pool.page_table.shape[-1], device=pool.key.device)
-    held = limit < pool.num_pages[..., None]
+    """Raise AssertionError unless every page is free or as often in the page table as it has holders, only pages that
+    nothing is written to are shared, and all counts add up. Reads from the host."""
+    size, free, limit = pool.shape.page_size, int(pool.free_count), pool.page_table.shape[-1]
+    held = torch.arange(limit, device=pool.key.device) < pool.num_pages[..., None]
     assert torch.equal(held, pool.page_table != FREE), "page table and counts differ"
-    row = torch.arange(held.shape[0], device=held.device)[:, None, None, None].expand_as(held)
-    owner = torch.full_like(pool.owner, FREE)
-    owner[pool.page_table[held].long()] = row[held].int()
-    assert torch.equal(owner, pool.owner), "the page table and the owners of pages differ"
-    assert int(held.sum()) + free == owner.numel(), "pages are lost, or some have two owners"
+    count = pool.holders.numel()
+    counted = pool.page_table[held].long().bincount(minlength=count)
+    assert torch.equal(counted.int(), pool.holders), "the page table and the holders of pages differ"
     loose = pool.free_pages[:free].sort().values
-    assert torch.equal(loose, torch.nonzero(owner == FREE).flatten().int()), "the list of free pages is wrong"
+    assert torch.equal(loose, torch.nonzero(pool.holders == 0).flatten().int()), "the list of free pages is wrong"
     assert bool((pool.lengths <= pool.num_pages * size).all()), "a stream is longer than its pages"
     assert bool((pool.lengths >= 0).all()), "a stream is shorter than nothing"
+    places = torch.arange(held[0].numel(), device=held.device).view(held.shape[1:]).expand_as(held)[held]
+    place = torch.zeros_like(counted).scatter_(0, pool.page_table[held].long(), places)
+    assert torch.equal(place[pool.page_table[held].long()], places), "a page is shared by different streams"
+    shared = held & (pool.holders[pool.page_table.clamp(min=0).long()] > 1)
+    assert not bool((shared & ~settled(pool.lengths, pool.ring, size, limit)).any()), "a shared page may be written to"
+
+
+def settled(lengths: Tensor, ring: Ring | None, page_size: int, limit: int) -> Tensor:
+    """[R, L, H, M] pages of streams that nothing is written to any more, where entries leave one by one or never.
+
+    A token goes behind the entries or in the place of one of the last W + 1 tokens, and joins the newest of these. A
+    chunk takes the last W + 1 tokens out, moves the last entries to where they were, and goes on behind what is left.
+    So what is not among the last W + 1 tokens, nor among the last W + 1 entries, stays where it is for good.
+    """
+    recent = 0 if ring is None else ring.slots.shape[-1]
+    full = (lengths - recent).clamp(min=0) // page_size
+    still = torch.arange(limit, device=lengths.device) < full[..., None]
+    return still if ring is None else still.scatter(-1, ring.slots.clamp(min=0).long() // page_size, False)

@@ -125,12 +125,21 @@ def give_back(pool: DevicePool) -> None:
 
 
 def release(pool: DevicePool, rows: Tensor) -> None:
-    """Empty rows [R] bool, whose seats others can have then, and free their pages."""
-    streams = rows[:, None, None]
-    pool.lengths.masked_fill_(streams, 0)
+    """Empty rows, whose seats others can have then, and free the pages that nobody else has.
+
+    Args:
+        rows: [n] their numbers, each once.
+    """
+    if _on_gpu(pool):
+        from kvpleat.kernels import fork_triton
+
+        fork_triton.leave(pool, rows)
+    else:
+        _leave(pool, rows)
+    pool.lengths.index_fill_(0, rows.long(), 0)
     if pool.ring is not None:
-        pool.ring.slots.masked_fill_(streams[..., None], EMPTY)
-        pool.ring.marked.masked_fill_(streams[..., None], False)
+        pool.ring.slots.index_fill_(0, rows.long(), EMPTY)
+        pool.ring.marked.index_fill_(0, rows.long(), False)
     give_back(pool)
 
 
@@ -164,7 +173,7 @@ def _take(pool: DevicePool, counts: Tensor) -> None:
     limit = pool.page_table.shape[-1]
     too_long = (pool.num_pages + missing > limit).flatten(1).any(1)
     # A stream that outgrows its line of the table asks for more than there is.
-    wanted = int(torch.where(too_long, pool.owner.numel() + 1, missing.flatten(1).sum(1)).sum())
+    wanted = int(torch.where(too_long, pool.holders.numel() + 1, missing.flatten(1).sum(1)).sum())
     free = int(pool.free_count)
     if int(pool.failed):
         return
@@ -175,7 +184,7 @@ def _take(pool: DevicePool, counts: Tensor) -> None:
     new = (number >= 0) & (number < missing[..., None])
     pages = pool.free_pages[(free - 1 - _before(missing)[..., None] - number)[new]]
     pool.page_table[new] = pages
-    pool.owner[pages.long()] = _rows(new)
+    pool.holders[pages.long()] = 1
     pool.num_pages.add_(missing)
     pool.free_count.sub_(wanted)
 
@@ -186,10 +195,23 @@ def _give_back(pool: DevicePool) -> None:
     old = (number >= 0) & (number < extra[..., None])
     pages = pool.page_table[old]
     pool.free_pages[(pool.free_count + _before(extra)[..., None] + number)[old]] = pages
-    pool.owner[pages.long()] = FREE
+    pool.holders[pages.long()] = 0
     pool.page_table[old] = FREE
     pool.num_pages.sub_(extra)
     pool.free_count.add_(extra.sum())
+
+
+def _leave(pool: DevicePool, rows: Tensor) -> None:
+    """Rows hold their pages no more: those that others go on with leave their tables, and the others are ready to be
+    given back."""
+    for row in rows.tolist():
+        line = pool.page_table[row]
+        held = line != FREE
+        pool.holders[line[held].long()] -= 1
+        last = held & (pool.holders[line.clamp(min=0).long()] == 0)
+        order = torch.argsort((~last).to(torch.int8), dim=-1, stable=True)
+        pool.page_table[row] = torch.where(last, line, FREE).gather(-1, order)
+        pool.num_pages[row] = last.sum(-1, dtype=torch.int32)
 
 
 def _append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -339,8 +361,3 @@ def _pages(pool: DevicePool, lengths: Tensor) -> Tensor:
 def _before(counts: Tensor) -> Tensor:
     """[R, L, H] how many the streams before each one have together."""
     return counts.flatten().cumsum(0).view_as(counts) - counts
-
-
-def _rows(mask: Tensor) -> Tensor:
-    """The row of each place that `mask` [R, ...] is set at, int32."""
-    return torch.nonzero(mask)[:, 0].int()

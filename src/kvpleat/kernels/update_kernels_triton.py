@@ -77,7 +77,7 @@ def share(row_pages, free_count, failed, R, ROWS: tl.constexpr, MODE: tl.constex
 
 
 @triton.jit
-def settle(lengths, num_pages, marked, counts, positions, active, row_pages, free_pages, page_table, owner, failed,
+def settle(lengths, num_pages, marked, counts, positions, active, row_pages, free_pages, page_table, holders, failed,
            streams, M, RING: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
            J: tl.constexpr):  # fmt: skip
     """The pages of each row change hands, J of each stream at a time."""
@@ -101,11 +101,11 @@ def settle(lengths, num_pages, marked, counts, positions, active, row_pages, fre
                 tl.debug_barrier()
                 tl.store(free_pages + base + before[:, None] + number, page, mask=mask)
                 tl.store(at, tl.full(page.shape, FREE, tl.int32), mask=mask)
-                tl.store(owner + page, tl.full(page.shape, FREE, tl.int32), mask=mask)
+                tl.store(holders + page, tl.zeros(page.shape, tl.int32), mask=mask)
             else:
                 page = tl.load(free_pages + base - 1 - before[:, None] - number, mask=mask, other=0)
                 tl.store(line + have[:, None] + number, page, mask=mask)
-                tl.store(owner + page, 0 * page + row.to(tl.int32), mask=mask)
+                tl.store(holders + page, tl.full(page.shape, 1, tl.int32), mask=mask)
         total = tl.sum(change)
         tl.debug_barrier()
         if MODE == GIVE:

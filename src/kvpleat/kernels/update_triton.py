@@ -105,11 +105,11 @@ def _change_pages(
     ring = 1 if pool.ring is None or mode != kernels.TOKEN.value else pool.ring.slots.shape[-1]
     looked_at = (pool.lengths, pool.num_pages, marked, counts, positions, active, pool.row_pages)
     options = {"RING": ring, "S": pool.shape.page_size, "MODE": mode, "BLOCK": block}
-    kernels.count[(rows,)](*looked_at, streams, limit, pool.owner.numel(), **options)
+    kernels.count[(rows,)](*looked_at, streams, limit, pool.holders.numel(), **options)
     kernels.share[(1,)](
         pool.row_pages, pool.free_count, pool.failed, rows, ROWS=triton.next_power_of_2(rows), MODE=mode)  # fmt: skip
     kernels.settle[(rows,)](
-        *looked_at, pool.free_pages, pool.page_table, pool.owner, pool.failed, streams, limit, **options,
+        *looked_at, pool.free_pages, pool.page_table, pool.holders, pool.failed, streams, limit, **options,
         J=1 if mode == kernels.TOKEN.value else 16)  # fmt: skip
 
 
