@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpleat.bench.kernel_timing import Cases, Checked, Machine, Timed, difference
 from kvpleat.bench.kernels_update_times import DMC, DMS, FOLD, sweep, time
-from kvpleat.kernels import update, update_triton
+from kvpleat.kernels import fork, update, update_triton
 from kvpleat.kernels.device_pool import DevicePool, check_integrity, new_pool
 from kvpleat.kernels.reference import turn
 from kvpleat.types import Delay, KVShape, Rotary
@@ -142,6 +142,8 @@ def check(here: Machine) -> Iterator[Checked]:
         return
     yield Checked("moments: appended, evicted, given back, released", _moments(here.device, on_gpu), 0.0)
     yield Checked("out of pages: nothing is lost", _out_of_pages(here.device), 0.0)
+    for name, delay in {"dms": DMS, "fold": FOLD, "dmc": DMC}.items():
+        yield Checked(f"forks of {name}: pages shared, copied, left", _forks(name, delay, here.device), 6e-2)
 
 
 def _moments(device: torch.device, on_gpu: bool) -> float:
@@ -169,6 +171,29 @@ def _moments(device: torch.device, on_gpu: bool) -> float:
     for pool in pools:
         update.release(pool, torch.arange(1, rows, 3, dtype=torch.int32, device=pool.key.device))
     return max(*errors, _difference(*pools))
+
+
+def _forks(name: str, delay: Delay, device: torch.device) -> float:
+    """Rows become copies of another one, which goes on, and leaves first."""
+    tokens = delay.tokens + 60
+    both = Both(Case(name, delay, 128, 64, 16, torch.bfloat16, logits=True), 5, 2, 4, 2 * tokens, device)
+    for _ in range(tokens):
+        both.step()
+    for pool in (both.mine, both.wanted):
+        zero, two, three = (torch.tensor(rows, device=pool.key.device) for rows in ([0, 0], [2, 3], [4]))
+        update.release(pool, two)
+        fork.fork(pool, zero, two, moves=False)
+        update.release(pool, three)
+        fork.fork(pool, two[:1], three, moves=False)
+    both.positions[2:] = both.positions[0]
+    errors = [both.error()]
+    for number in range(40):
+        both.step()
+        if number == 20:
+            for pool in (both.mine, both.wanted):
+                update.release(pool, torch.tensor([3, 0], device=pool.key.device))
+            both.positions[0] = both.positions[3] = 0
+    return max(*errors, both.error())
 
 
 def _out_of_pages(device: torch.device) -> float:
