@@ -58,7 +58,8 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def fake(model: Any, recipe: Recipe, batches: Any, out: Path, **how: Any) -> dict[str, Any]:
         seen.update(model=model, recipe=recipe, out=out, first=next(batches), **how)
         for step in range(1, 9):
-            how["on_step"](Progress(step, recipe.steps, step * 512, step * 2.0, 0.5, 0.25, 0.9, 4.0, 3.0, 256.0))
+            steps = 8 if how["fit_s"] else recipe.steps
+            how["on_step"](Progress(step, steps, step * 512, step * 2.0, 0.5, 0.25, 0.9, 4.0, 3.0, 256.0))
         return {}
 
     monkeypatch.setattr(module, "retrofit", fake)
@@ -260,6 +261,18 @@ def test_gates_of_another_recipe_are_no_result(place: Path, taught: dict[str, An
         recipe = asdict(taught["recipe"]) | {"seed": seed}
         (folder / "config.json").write_text(json.dumps({"training": {"recipe": recipe, "measured": {"kl": 0.5}}}))
         assert len(json.loads(invoke(*given, "--json").stdout)["gates"]) == found
+
+
+def test_gates_of_a_run_whose_steps_were_fitted_to_a_time(place: Path, taught: dict[str, Any]) -> None:
+    folder = place / "out" / "4x"
+    folder.mkdir(parents=True)
+    given = [*arguments(place)[:-2], "--seconds", "90"]
+    invoke(*given)
+    recipe = asdict(taught["recipe"]) | {"steps": 8}  # as the run's own recipe has it in the end
+    measured = {"training": {"recipe": recipe, "measured": {"kl": 0.5}}}
+    (folder / "config.json").write_text(json.dumps(measured))
+    assert json.loads(invoke(*given, "--json").stdout)["gates"] == {str(folder): {"kl": 0.5}}
+    assert "stopped" not in invoke(*given).stdout
 
 
 # ---- speed

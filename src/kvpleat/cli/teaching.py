@@ -152,6 +152,8 @@ class Teaching:
     def gates(self) -> dict[str, dict[str, float]]:
         """What was measured, by the gate folders that this run, or a part of it before, left in `out`."""
         recipe = json.loads(json.dumps(asdict(self.recipe)))
+        if self.last:
+            recipe["steps"] = self.last.steps  # may have been fitted to a time
         found = {}
         for ratio in self.recipe.ratios:
             file = self.out / f"{ratio:g}x" / CONFIG_FILE
@@ -163,8 +165,8 @@ class Teaching:
     def print_result(self) -> None:
         """The gates and what was measured, on stdout."""
         out = Console(highlight=False, width=WIDTH)
-        if self.last and self.last.step < self.recipe.steps:
-            out.print(f"stopped after step {self.last.step} of {self.recipe.steps}; the same command goes on")
+        if self.last and self.last.step < self.last.steps:
+            out.print(f"stopped after step {self.last.step} of {self.last.steps}; the same command goes on")
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
         for name in ("gates", *COLUMNS):
             table.add_column(name.replace("_", " "), justify="left" if name == "gates" else "right", no_wrap=True)
