@@ -28,7 +28,16 @@ LEARNED: dict[str, tuple[type[Learned], int, int | None]] = {
     "dmc": (DMC, 0, None),
     "dmc of 3": (DMC, 0, 3),
 }
-POLICIES = [*LEARNED, "full", "window", "window that grows"]
+FIXED: dict[str, Policy] = {
+    "full": Full(),
+    "window": Window(budget=48),
+    "window that grows": Window(ratio=2.0),
+    "attention": AttentionScore(ratio=4.0),
+    "attention often": AttentionScore(ratio=2.0, interval=8),
+    "attention in prompts": AttentionScore(ratio=3.0, slack=1.0, interval=16),
+    "attention by coverage": AttentionScore(coverage=0.8, interval=8),
+}
+POLICIES = [*LEARNED, *FIXED]
 
 
 def model_of(family: str = "llama") -> Any:
@@ -43,9 +52,8 @@ def _model_of(family: str) -> Any:
 def policy_of(kind: str, family: str = "llama") -> Policy:
     """Policies that keep about half: gates are random, with weights so large that about half of all tokens are
     marked."""
-    fixed = {"full": Full(), "window": Window(budget=48), "window that grows": Window(ratio=2.0)}
-    if kind in fixed:
-        return fixed[kind]
+    if kind in FIXED:
+        return FIXED[kind]
     cls, delay, look_back = LEARNED[kind]
     base = base_of(model_of(family), describe(model_of(family)))
     options = base["num_layers"], base["num_kv_heads"], base["hidden_size"]
@@ -141,7 +149,7 @@ def test_families(family: str) -> None:
 @pytest.mark.parametrize("kind", POLICIES)
 def test_policies(kind: str, family: str) -> None:
     """Chunks of prompts beside tokens of other rows: the tokens of the one-model wrapper."""
-    lengths = [70, 3, 41, 16, 1, 90]
+    lengths = [70, 3, 41, 16, 1, 160]
     with Engine(kind, family) as engine:
         for length in lengths:
             engine.add(str(length), length)
@@ -168,7 +176,7 @@ def memory_of(kind: str, pages: int, seats: int = 4, family: str = "llama") -> i
     return sum(fixed.values()) + pages * (accounting.page_bytes(facts.shape) + accounting.PAGE_OVERHEAD)
 
 
-@pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc", "window"])
+@pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc", "window", "attention often"])
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     requests=st.lists(REQUEST, min_size=2, max_size=5),
@@ -206,6 +214,9 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
         ("fold", "llama", 26),
         ("dmc of 3", "llama", 26),
         ("window", "llama", 18),
+        ("attention", "llama", 36),
+        ("attention in prompts", "llama", 36),
+        ("attention by coverage", "llama", 36),
         ("full", "gpt2", 51),
         ("fold", "gpt2", 42),
     ],
@@ -437,7 +448,6 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     [
         ("gemma2", Full(), "sliding-window"),
         ("gemma3_text", Full(), "sliding-window"),
-        ("llama", AttentionScore(ratio=2.0), "not served by the engine yet"),
         ("llama", Full(bits=8), "bits=8"),
     ],
 )

@@ -12,7 +12,7 @@ from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.hf.families import base_of, describe
 from kvpleat.kernels import decode, extend, prefill, update
 from kvpleat.kernels.device_pool import check_integrity
-from kvpleat.policies import DMC, DMS, Fold, GateConfig, Gates, Window
+from kvpleat.policies import DMC, DMS, AttentionScore, Fold, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
 from tests import models
 
@@ -22,6 +22,8 @@ TOKENS = 2  # of an answer
 def policy_of(model: Any, kind: str) -> Policy:
     if kind == "window":
         return Window(budget=48)
+    if kind == "attention":
+        return AttentionScore(ratio=4.0, interval=2)
     base, (cls, delay) = base_of(model, describe(model)), {"dms": (DMS, 4), "fold": (Fold, 4), "dmc": (DMC, 0)}[kind]
     options = base["num_layers"], base["num_kv_heads"], base["hidden_size"], delay
     gates, random = Gates(GateConfig(cls.name, *options, scale=2.0)), torch.Generator().manual_seed(1)
@@ -50,13 +52,21 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"), [("dms", "llama"), ("fold", "llama"), ("dmc", "llama"), ("window", "llama"), ("fold", "gpt2")]
+    ("kind", "family"),
+    [
+        ("dms", "llama"),
+        ("fold", "llama"),
+        ("dmc", "llama"),
+        ("window", "llama"),
+        ("fold", "gpt2"),
+        ("attention", "llama"),
+    ],
 )
 def test_answers(kind: str, family: str, request: pytest.FixtureRequest) -> None:
     heads = {} if family == "gpt2" else {"num_attention_heads": 4}
     model = models.tiny(family, dtype=torch.float32, num_hidden_layers=2, **heads)
     policy = policy_of(model, kind)
-    prompts = {str(n): models.prompt(n, seed=n) for n in ((23, 5) if kind != "window" else (60, 5))}
+    prompts = {str(n): models.prompt(n, seed=n) for n in ((60, 5) if kind in ("window", "attention") else (23, 5))}
     with compress(model, policy):
         wanted = {
             name: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
@@ -66,7 +76,7 @@ def test_answers(kind: str, family: str, request: pytest.FixtureRequest) -> None
     options = {
         "kv_memory": "256KiB",
         "max_num_seqs": 2,
-        "max_num_batched_tokens": 25 if kind != "window" else 62,
+        "max_num_batched_tokens": 62 if kind in ("window", "attention") else 25,
         "max_model_len": 64,
     }
     core = EngineCore(model, policy, **options)

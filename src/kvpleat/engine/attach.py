@@ -12,7 +12,6 @@ from kvpleat.hf import adapters, borrowed
 from kvpleat.hf.attention import IMPLEMENTATION as OF_COMPRESS
 from kvpleat.hf.families import ModelFacts, attention_modules, decoder_layers, describe
 from kvpleat.policies.base import Policy
-from kvpleat.types import KVShape, Phase
 
 HOOK = -1  # one key in all modules: to torch.compile layers then look alike
 
@@ -36,7 +35,6 @@ class Attached:
         facts = describe(self.model, page_size)
         refuse_model(facts)
         self.policy = borrowed.gates_for(self.model, facts, policy)
-        refuse_policy(self.policy, facts.shape)
         self.facts = facts.stored_with(self.policy.fields, self.policy.bits)
         if model.training:
             raise UnsupportedError(
@@ -111,15 +109,4 @@ def refuse_model(facts: ModelFacts) -> None:
         raise UnsupportedError(
             f"{facts.family} with {len(facts.sliding)} sliding-window layers is not served by the engine yet: it has "
             "one kind of pages. Use kvpleat.compress with transformers' generate()."
-        )
-
-
-def refuse_policy(policy: Policy, shape: KVShape) -> None:
-    """Refuse policies that look at more than tokens and positions."""
-    decides = bool(policy.moments(0, 1 << 20, Phase.DECODE, 0, shape))
-    by_position = policy.visible_from(torch.zeros(1, dtype=torch.int32), shape) is not None
-    if policy.uses_prompt_end or policy.observation_window or (decides and not by_position):
-        raise UnsupportedError(
-            f"{policy.name} is not served by the engine yet: use kvpleat.compress with transformers' generate(). "
-            "Served are full, window, dms, fold and dmc."
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvpleat.engine.observed import Watched, remember
 from kvpleat.errors import AttachError
 from kvpleat.hf import borrowed
 from kvpleat.kernels import decode, extend, prefill, update
@@ -30,6 +31,7 @@ class Tokens:
     Args:
         pool: the rows of these seats. positions: [n] int32. active: [n] bool, seats that have a token. work: planned.
         turn: how keys are rotated at positions - W, [n, r / 2]; None: nothing merges.
+        last: where queries are remembered, [n, L, Q, W, D]; None: they are not.
     """
 
     pool: DevicePool
@@ -37,15 +39,18 @@ class Tokens:
     active: Tensor
     work: Work
     turn: Turn | None
+    last: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The next tokens of some prompts. chunks: where they lie. recent: what they see, where a window cuts it."""
+    """The next tokens of some prompts. chunks: where they lie. recent: what they see, where a window cuts it. watched:
+    what is remembered of them."""
 
     pool: DevicePool
     chunks: Chunks
     recent: Recent | None
+    watched: Watched | None = None
 
 
 @dataclass
@@ -134,6 +139,8 @@ def _decode(
 ) -> Tensor:
     """One token of each seat: q [n, Q, D], k and v [n, H, D], said [outputs, n, H] -> [n, Q, D]."""
     pool = tokens.pool
+    if tokens.last is not None:
+        remember(tokens.last, layer, tokens.positions, tokens.active & (pool.failed == 0), q)
     if said is None:
         update.append(pool, layer, tokens.positions, tokens.active, k, v)
     else:
@@ -157,6 +164,8 @@ def _prefill(
 ) -> Tensor:
     """Chunks: q [Q, T, D], k and v [H, T, D], said [outputs, H, T] -> [Q, T, D]."""
     pool, chunks = prompts.pool, prompts.chunks
+    if prompts.watched is not None:
+        prompts.watched.see(layer, q)
     if said is None:
         past = extend.append(pool, layer, chunks, k, v)
         return prefill.attend(q, k, v, chunks.rows, past, prompts.recent, scale, softcap)

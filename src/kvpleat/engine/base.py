@@ -28,7 +28,7 @@ class Engine:
     Args:
         model: a name that `kvpleat.hf.models.load` knows (a folder, a hub name, smollm2-135m), what it returned, or a
             model of transformers in eval mode. It is the engine's until `close`, which leaves it as it was.
-        policy: what is kept of the KV memory: Full (also where it is None), Window, DMS, Fold or DMC.
+        policy: what is kept of the KV memory, with bits=None; None: Full().
         tokenizer: of transformers; None: the one that was loaded with the model.
         kv_memory: bytes for keys, values and all tensors that say where they are, as a number or as "20GiB"; never
             exceeded. Weights, and what a step computes with, come on top. None: four fifths of a GPU's free memory, a

@@ -5,7 +5,9 @@ the same function of them (rule 1 of docs/design.md), and randomness is a functi
 of the token. Up to rounding: a product of matrices of another size adds up in another order, and preemption feeds as a
 prompt what was decoded before. So logits agree to about 1e-5 in float32, on a CPU as on a GPU, and within a rounding or
 two of bfloat16's 8 bits there; tokens are the same unless two are as likely as each other to that precision, or a
-gate's number lies that near to 0. Nothing that one row computes is read by another, so a NaN stays where it is.
+gate's number lies that near to 0. Under AttentionScore the cache also depends on where the prompt ended, so preemption
+feeds the prompt as a prompt and the rest as what was generated, cut at the same moments (engine/moments.py): the same
+decisions up to that rounding, unless two entries score alike to it. Nothing that one row computes is read by another, so a NaN stays where it is.
 """
 
 from typing import Any
@@ -28,7 +30,7 @@ class EngineCore:
 
     Args:
         model: a causal LM of a known family, in eval mode, on one device. It is the engine's until `close`.
-        policy: what to keep; Full, Window, DMS, Fold or DMC.
+        policy: what to keep; any, with bits=None.
         kv_memory: of the cache and all that it needs on the device, in bytes or as "20GiB"; None: see
             `sizes.memory_for`.
         max_num_seqs: requests that run at a time. max_num_batched_tokens: of a step.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvpleat.engine.moments import Calendar
 from kvpleat.engine.params import Request
 
 
@@ -15,6 +16,8 @@ class Limits:
         seats: rows that run at a time. step_tokens: of a step, no fewer. length: of a row, in tokens.
         pages: of the pool. page_size: entries of one. streams: of a row.
         expected: entries of a stream that a row of so many tokens is expected to hold, mean over streams.
+        peak: those that a prompt of so many tokens needs on its way; None: no more than `expected`.
+        calendar: moments that a chunk must not go past; None: there are none.
     """
 
     seats: int
@@ -24,10 +27,16 @@ class Limits:
     page_size: int
     streams: int
     expected: Callable[[int], float]
+    peak: Callable[[int], float] | None = None
+    calendar: Calendar | None = None
 
     def pages_for(self, tokens: int) -> int:
         """Pages that a row of so many tokens is expected to hold."""
         return self.streams * -int(-self.expected(tokens) // self.page_size)
+
+    def peak_pages(self, tokens: int) -> int:
+        """Pages that a prompt of so many tokens is expected to need on its way."""
+        return 0 if self.peak is None else self.streams * -int(-self.peak(tokens) // self.page_size)
 
     def most_pages(self, count: int) -> int:
         """Pages that a chunk of so many tokens takes, if nothing leaves."""
@@ -73,6 +82,11 @@ class Row:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.drawn = self.goal = len(self.tokens)
+
+    @property
+    def prompt_size(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
 
     @property
     def decodes(self) -> bool:

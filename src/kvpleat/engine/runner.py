@@ -18,7 +18,10 @@ from torch import Tensor
 from kvpleat.engine import windows
 from kvpleat.engine.attach import Attached
 from kvpleat.engine.attention import Prompts, Step, Tokens
+from kvpleat.engine.decisions import Decisions
 from kvpleat.engine.graphs import Graphs
+from kvpleat.engine.moments import Calendar, decides
+from kvpleat.engine.observed import Observed
 from kvpleat.engine.params import TokenLogprobs
 from kvpleat.engine.rows import Counters, Feed, Plan, Row
 from kvpleat.engine.sampling import Mode, Sampled, Sampler
@@ -69,6 +72,7 @@ class Runner:
         facts, device = attached.facts, attached.facts.device
         self.attached, self.device, self._end_ids = attached, device, end_ids
         self.pool = new_pool(facts.shape, attached.policy.delayed, num_seats, num_pages, length, device)
+        self._observed, self._decisions = self._looking_back(num_seats)
         vocabulary: int = attached.model.config.vocab_size
         self.sampler = Sampler(num_seats, vocabulary, device)
         self._written = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
@@ -79,6 +83,15 @@ class Runner:
         self._widths = {n: self._width(n) for n in ladder(num_seats)}
         for n in reversed(self._widths):  # the largest first: the others fit into its memory
             self._decode_by_graph(n)  # no seat is active, so nothing happens
+
+    def _looking_back(self, num_seats: int) -> tuple[Observed | None, Decisions | None]:
+        """What a policy that decides at moments needs."""
+        policy, facts = self.attached.policy, self.attached.facts
+        if not decides(policy, facts.shape):
+            return None, None
+        calendar, window = Calendar(policy, facts.shape), policy.observation_window
+        observed = Observed(facts.shape, num_seats, window, calendar, self.device) if window else None
+        return observed, Decisions(policy, facts, self.pool, calendar, observed)
 
     def _width(self, n: int) -> Width:
         pool, shape = self.pool, self.pool.shape
@@ -106,7 +119,10 @@ class Runner:
             self._decode_by_graph(n)
         else:
             self._decode(n, self._columns(plan))
-        windows.slide(self._widths[n].pool, self.attached.policy, plan.feeds, self._sent)
+        if self._decisions is None:
+            windows.slide(self._widths[n].pool, self.attached.policy, plan.feeds, self._sent)
+        else:
+            self._decisions.after(plan.feeds)
         mode = self.sampler.mode
         if mode.logprobs is None:
             counted, sampled = self._graphs.run((n, mode), lambda: self._draw(n, mode))
@@ -123,9 +139,11 @@ class Runner:
             written[POSITIONS, feed.seat], written[ACTIVE, feed.seat] = feed.start, 1
         for feed in plan.feeds:
             written[NUMBERS, feed.seat], written[DRAWS, feed.seat] = feed.number, feed.draws
-        for number, (seat, _) in enumerate(plan.released):
+        for number, (seat, row) in enumerate(plan.released):
             written[RELEASED, number] = seat
             self.sampler.unseat(seat)
+            if self._observed is not None:
+                self._observed.forget(row)
         self._written.copy_(_pinned(torch.from_numpy(written), self.device), non_blocking=True)
         if plan.released:
             update.release(self.pool, self._written[RELEASED, : len(plan.released)])
@@ -154,7 +172,10 @@ class Runner:
             positions = torch.cat([self._written[POSITIONS, :n], positions])
         extend.reserve(pool, chunks)
         recent = windows.seen(policy, facts.shape, plan.chunks, chunks.starts, self._sent)
-        step = Step(policy, tokens, Prompts(pool, chunks, recent), self._columns(plan))
+        watched = None
+        if self._observed is not None:
+            watched = self._observed.watch(plan.chunks, pool.failed, self._sent)
+        step = Step(policy, tokens, Prompts(pool, chunks, recent, watched), self._columns(plan))
         self._logits[:n] = self._forward(step, ids, positions, last)
         update.give_back(pool)
 
@@ -167,7 +188,8 @@ class Runner:
         turn = None
         if delay is not None and delay.merges and facts.rotary is not None:
             turn = reference.turn(positions - delay.tokens, facts.rotary, torch.float32)
-        return Tokens(rows.pool, positions, active, rows.work, turn)
+        last = None if self._observed is None else self._observed.last[:n]
+        return Tokens(rows.pool, positions, active, rows.work, turn, last)
 
     def _forward(self, step: Step, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         """Logits [n, V] after tokens ids [T] at positions [T]; last: [n] where those of each seat end; None: all."""
@@ -199,6 +221,8 @@ class Runner:
         if launched.done is not None:
             launched.done.synchronize()
         free, missing, *rest = launched.counted.tolist()
+        if self._observed is not None and not missing:
+            self._observed.settle(launched.plan.feeds)
         held, tokens = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         drawn = [
             (feed, tokens[feed.seat], _logprobs(launched.sampled, feed.row, feed.seat))

@@ -99,6 +99,8 @@ class Scheduler:
         """As much of a row's prompt as there are tokens and pages for. Returns whether that is anything."""
         fitting = max(0, free - plan.pages) // self.limits.streams * self.limits.page_size
         count = min(row.goal - row.fed, self.limits.step_tokens - plan.size, fitting)
+        if count > 0 and self.limits.calendar is not None:
+            count = self.limits.calendar.next(row.prompt_size, row.fed, row.fed + count) - row.fed
         if count > 0:
             plan.pages += self.limits.most_pages(count)
             plan.chunks.append(self._feed(plan, row, count))
@@ -187,7 +189,8 @@ class Scheduler:
     def _needs(self, row: Row) -> int:
         """Pages with which a row should be able to go on a while."""
         tokens = min(max(row.goal, row.fed) + AHEAD, row.limit)
-        return max(row.needs, round(self._scale * self.limits.pages_for(tokens)))
+        on_the_way = self.limits.peak_pages(row.prompt_size) if row.fed < row.prompt_size else 0
+        return max(row.needs, on_the_way, round(self._scale * self.limits.pages_for(tokens)))
 
     def _growth(self, row: Row, cautious: bool) -> int:
         """Pages that a row's next token is reckoned to take."""

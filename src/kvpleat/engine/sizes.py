@@ -7,6 +7,7 @@ import torch
 
 from kvpleat import accounting
 from kvpleat.cache.memory import physical_memory
+from kvpleat.engine.moments import Calendar, decides
 from kvpleat.engine.rows import Limits
 from kvpleat.errors import OptionError
 from kvpleat.hf.families import ModelFacts
@@ -72,7 +73,8 @@ def fixed_bytes(policy: Policy, facts: ModelFacts, seats: int, length: int) -> d
     """Bytes of what the cache needs on the device beside its pages, by what it is."""
     found = pool_bytes(facts.shape, policy.delayed, seats, 0, length)[1]
     work = sum(decode.room_bytes(n, facts.shape, facts.device) for n in ladder(seats))
-    return {**found, "work lists of attention": work}
+    queries = seats * accounting.query_bytes(facts.shape, policy.observation_window)
+    return {**found, "work lists of attention": work, "remembered queries": queries}
 
 
 def limits(
@@ -94,8 +96,10 @@ def limits(
         page_size=shape.page_size,
         streams=shape.num_streams,
         expected=functools.cache(lambda tokens: policy.expected_entries(tokens, shape)),
+        peak=functools.cache(lambda tokens: policy.peak_entries(tokens, shape)),
+        calendar=Calendar(policy, shape) if decides(policy, shape) else None,
     )
-    needed = min(found.pages_for(length) + shape.num_streams, most)
+    needed = min(max(found.pages_for(length), found.peak_pages(length)) + shape.num_streams, most)
     if found.pages < needed:
         taken = ", ".join(f"{accounting.human_bytes(size)} of {name}" for name, size in fixed.items() if size)
         raise OptionError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvpleat.cache.paged import PagedKVCache
 from kvpleat.cache.pieces import readable, stream_pieces
-from kvpleat.errors import AttachError, UnsupportedError
+from kvpleat.errors import AttachError, NumericsError, UnsupportedError
 from kvpleat.hf import gated
 from kvpleat.hf.borrowed import clear
 from kvpleat.hf.cache import PleatedCache
@@ -251,6 +251,11 @@ def decide(
         competes=competes,
     )
     decision = policy.decide(inputs)
+    if decision is not None and decision.scores is not None and not bool(torch.isfinite(decision.scores).all()):
+        raise NumericsError(
+            f"Scores of layer {layer} are NaN or infinite at token {moment}, so no entry can be ranked. Check the "
+            "model's weights and dtype (float16 overflows where bfloat16 does not)."
+        )
     if decision is not None:
         kv.apply(layer, row, decision)
     if competes and call.phase is Phase.PREFILL and layer + 1 < kv.shape.num_layers:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kvpleat import accounting
-from kvpleat.errors import NumericsError, OptionError
+from kvpleat.errors import OptionError
 from kvpleat.policies import importance
 from kvpleat.policies.base import LayerScores, Policy
 from kvpleat.policies.budget import allowed_pages, check_at_least, check_ratio, next_multiple
 from kvpleat.policies.fold import fold
-from kvpleat.policies.selection import Candidates, Ranking, cover, rank, share_pages
+from kvpleat.policies.selection import Candidates, Ranking, cover, known_empty, rank, share_pages
 from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 
 LAYER_CAP = 3.0  # a layer may bring this many times an equal share into the competition between layers
@@ -143,6 +143,14 @@ class AttentionScore(Policy):
         assert self.ratio is not None
         return allowed_pages(shape, position, self.ratio, accounting.query_bytes(shape, self.observation_window))
 
+    def expected_entries(self, tokens: int, shape: KVShape) -> float:
+        return tokens if self.ratio is None else min(tokens, self._budget(tokens, shape))
+
+    def peak_entries(self, tokens: int, shape: KVShape) -> float:
+        if self.ratio is None or not math.isfinite(self.slack):
+            return tokens  # a prompt is compressed when it has ended
+        return min(tokens, self.slack * self._budget(tokens, shape) + PREFILL_STEP)
+
     # ---- what
 
     def decide(self, inputs: PolicyInput) -> Decision | None:
@@ -163,12 +171,12 @@ class AttentionScore(Policy):
             )
         return replace(self._fold(layer, candidates, ranking, room, reserve=0), scores=scores)
 
-    def over_budget(self, lengths: Tensor, position: int, shape: KVShape) -> bool:
+    def over_budget(self, lengths: Tensor, position: int, shape: KVShape) -> Tensor | bool:
         if self.ratio is None:
             return False
         tolerance = 1.0 if lengths.shape[0] == shape.num_layers else OVERSHOOT
         pages = -(-(lengths + self._reserve(position)) // shape.page_size)
-        return int(pages.sum()) > tolerance * self._pages(position, shape)
+        return pages.sum() > tolerance * self._pages(position, shape)
 
     def squeeze(self, layers: list[LayerScores], position: int, shape: KVShape, final: bool) -> list[Decision]:
         candidates = Candidates.stack([self._candidates(layer, position, shape) for layer in layers])
@@ -205,11 +213,6 @@ class AttentionScore(Policy):
             recent = self._recent(inputs.position, inputs.shape)
             scores = scores + self.foresight * importance.foreseen(inputs, recent, smoothing=7)
         scores = scores * inputs.values.float().norm(dim=-1)
-        if not bool(torch.isfinite(scores).all()):
-            raise NumericsError(
-                f"Scores of layer {inputs.layer} are NaN or infinite at token {inputs.position}, so no entry can be "
-                "ranked. Check the model's weights and dtype (float16 overflows where bfloat16 does not)."
-            )
         passed = inputs.position - inputs.last_moment
         return importance.carry(inputs.scores, scores, passed, self.half_life)
 
@@ -220,7 +223,7 @@ class AttentionScore(Policy):
         slots = torch.where(ranking.count > room, (self.fold * room).long(), 0)
         exact = room - slots
         keep = candidates.protected | (candidates.live & (ranking.rank < exact[:, None]))
-        if not bool(slots.any()):
+        if known_empty(slots):
             return Decision(keep=keep, reserve=reserve)
         assert layer.log_weights is not None
         leaders, merge_into, log_weights = fold(

@@ -102,6 +102,10 @@ class Policy(ABC):
         memory asks for it. What a row really holds may be more."""
         return tokens
 
+    def peak_entries(self, tokens: int, shape: KVShape) -> float:
+        """Entries that a stream is expected to need while a prompt of `tokens` tokens is fed, mean over streams."""
+        return self.expected_entries(tokens, shape)
+
     def visible_from(self, query_positions: Tensor, shape: KVShape) -> Tensor | None:
         """Lowest position, sinks aside, that each query may see: [T] -> [T]; None where every entry is visible.
 
@@ -122,13 +126,19 @@ class Policy(ABC):
 
     @abstractmethod
     def decide(self, inputs: PolicyInput) -> Decision | None:
-        """What becomes of the entries of one layer of one row at a moment; None: leave all as it is."""
+        """What becomes of the entries of one layer of one row at a moment; None: leave all as it is.
 
-    def over_budget(self, lengths: Tensor, position: int, shape: KVShape) -> bool:
+        Neither this nor `squeeze` reads a tensor that is on another device: the engine does not wait for it.
+        """
+
+    def over_budget(self, lengths: Tensor, position: int, shape: KVShape) -> Tensor | bool:
         """Whether layers that hold so many entries together have to compete at `position` tokens.
 
         Args:
             lengths: [l, H] entries of each stream; in the middle of a prefill only of the l layers that are done.
+
+        Returns:
+            a bool where it follows from no tensor, else [] bool on the device of `lengths`.
         """
         return False
 

@@ -53,7 +53,7 @@ def foreseen(inputs: PolicyInput, recent: int, smoothing: int) -> Tensor:
     )
     stand_in = min(recent, HORIZON)
     copies = inputs.live & (inputs.positions >= inputs.position - stand_in)
-    width = int(copies.sum(1).max())
+    width = min(stand_in, num_entries)  # no stream has more of them
     latest = torch.argsort(copies.to(torch.int8), dim=1, descending=True, stable=True)[:, :width]
     copied = inputs.keys.gather(1, latest[..., None].expand(-1, -1, inputs.keys.shape[-1]))
     copied = reference.rotate(copied, torch.full_like(latest, stand_in), inputs.rotary).float()

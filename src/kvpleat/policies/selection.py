@@ -70,14 +70,15 @@ def share_pages(
     base = -(-(protected + reserve) // page_size)
     base = torch.minimum(torch.clamp(base, min=int(floor * budget / len(base))), most)
     room = base * page_size - reserve - protected  # open entries that the base pages hold
-    steps = torch.arange(int((most - base).max()) + 1, device=room.device)
+    # As many as the widest stream could use, so that nothing is read from a device; the others are worth less than 0.
+    steps = torch.arange(-(-(candidates.live.shape[1] + reserve) // page_size) + 1, device=room.device)
     edges = room[:, None] + page_size * steps
     sums = F.pad(ranking.scores.clamp(min=0).double().cumsum(1), (1, 0))
     worth = sums.gather(1, edges.clamp(max=sums.shape[1] - 1)).diff(dim=1)  # of each further page
     worth = worth.masked_fill(edges[:, :-1] >= ranking.count[:, None], -1.0)
-    free = max(0, min(budget - int(base.sum()), worth.numel()))
-    best = torch.zeros(worth.numel(), dtype=torch.bool, device=room.device)
-    best[worth.flatten().sort(descending=True, stable=True).indices[:free]] = True
+    place = torch.arange(worth.numel(), device=room.device)
+    order = worth.flatten().sort(descending=True, stable=True).indices
+    best = torch.zeros_like(place, dtype=torch.bool).scatter(0, order, place < budget - base.sum())
     return room + page_size * (best.view_as(worth) & (worth >= 0)).sum(1)
 
 
@@ -97,3 +98,8 @@ def cover(candidates: Candidates, ranking: Ranking, coverage: float, reserve: in
     needed = (sums < coverage * sums[:, -1:]).sum(1)
     pages = -(-(protected + needed + reserve) // page_size)
     return pages * page_size - reserve - protected
+
+
+def known_empty(counts: Tensor) -> bool:
+    """Whether all of them are 0, where looking costs nothing: of a device it would be waiting for it."""
+    return counts.device.type == "cpu" and not bool(counts.any())

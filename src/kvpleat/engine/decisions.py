@@ -1,0 +1,202 @@
+"""What becomes of entries at the moments of a policy: after a step, for each row that came to one, as `hf.attention`
+does it for one model. Everything follows from sizes that the host knows, so nothing is read from the device.
+
+Streams lie in pages in any order, and policies see them by position: entries are sorted as they are read, and a
+decision goes back to where they lie. Layers are looked at in their order, as when a prompt runs through
+`kvpleat.compress`, and what is left of them is only noted until all have spoken.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvpleat.engine.moments import Calendar
+from kvpleat.engine.observed import Observed
+from kvpleat.engine.rows import Feed, Row
+from kvpleat.hf.families import ModelFacts
+from kvpleat.kernels import reference, update
+from kvpleat.kernels.device_pool import DevicePool
+from kvpleat.policies.base import LayerScores, Policy
+from kvpleat.types import Decision, PolicyInput
+
+NOWHERE = 2**31 - 1  # position of a hole: it sorts last
+
+
+@dataclass
+class Held:
+    """The entries of one layer of one row by position, [H, N] each; streams that are shorter than N end in holes.
+
+    Args:
+        slots: of the pool; those of holes are another entry's. source: number of the entry in [H * N] whose slot it is.
+        order: place in the stream. live: not a hole. keep: what is left of it. positions, scores, log_weights: of each.
+        merging: the decision that merges some of them, and what was left when it was made.
+    """
+
+    slots: Tensor
+    source: Tensor
+    order: Tensor
+    live: Tensor
+    keep: Tensor
+    positions: Tensor
+    scores: Tensor | None
+    log_weights: Tensor | None
+    merging: tuple[Decision, Tensor] | None = None
+
+    def take(self, decision: Decision, holds: Tensor | bool = True) -> None:
+        """Note a decision, where `holds` ([] bool) says that it does."""
+        before = self.keep
+        kept = decision.keep & before
+        self.keep = kept if holds is True else torch.where(torch.as_tensor(holds), kept, before)
+        if decision.scores is not None:
+            self.scores = decision.scores
+        if decision.merge_into is None:
+            return
+        assert self.log_weights is not None
+        assert decision.log_weights is not None
+        if holds is not True:
+            own = torch.arange(before.shape[1], device=before.device).expand_as(before)
+            decision = replace(
+                decision,
+                merge_into=torch.where(torch.as_tensor(holds), decision.merge_into, own),
+                log_weights=torch.where(torch.as_tensor(holds), decision.log_weights, self.log_weights),
+            )
+        self.log_weights, self.merging = decision.log_weights, (decision, before)
+
+
+class Decisions:
+    """Decisions about the rows of a pool.
+
+    Args:
+        policy: one that decides at moments. facts: of the model. pool: the rows of all seats.
+        calendar: of the policy. observed: what it looks back at, or None.
+    """
+
+    def __init__(
+        self, policy: Policy, facts: ModelFacts, pool: DevicePool, calendar: Calendar, observed: Observed | None
+    ) -> None:
+        self._policy, self._facts, self._pool = policy, facts, pool
+        self._calendar, self._observed = calendar, observed
+        self._one = torch.ones(1, dtype=torch.bool, device=pool.key.device)
+
+    def after(self, feeds: list[Feed]) -> None:
+        """Decide about the rows that a step brought to a moment."""
+        come = [feed for feed in feeds if self._calendar.falls_on(feed.row.prompt_size, feed.start + feed.size)]
+        for feed in come:
+            self._decide(feed.row, feed.seat, feed.start, feed.start + feed.size)
+        if come:
+            update.give_back(self._pool)
+
+    def _decide(self, row: Row, seat: int, start: int, moment: int) -> None:
+        policy, shape, prompt = self._policy, self._pool.shape, row.prompt_size
+        since = self._calendar.last(prompt, start)
+        layers: list[Held] = []
+        for layer in range(shape.num_layers):
+            held, inputs = self._read(row, seat, layer, since, moment)
+            decision = policy.decide(inputs)
+            if decision is not None:
+                held.take(decision)
+            layers.append(held)
+            if inputs.competes and moment <= prompt and len(layers) < shape.num_layers:
+                self._compete(layers, moment)
+        if moment >= prompt:
+            self._compete(layers, moment)
+        for layer, held in enumerate(layers):
+            self._apply(seat, layer, held)
+
+    def _compete(self, layers: list[Held], moment: int) -> None:
+        """Let layers compete, where they hold more than the row's budget."""
+        policy, shape = self._policy, self._pool.shape
+        over = policy.over_budget(torch.stack([held.keep.sum(1) for held in layers]), moment, shape)
+        if over is False:
+            return
+        seen = []
+        for held in layers:
+            assert held.scores is not None
+            seen.append(LayerScores(held.scores, held.positions, held.keep, held.log_weights))
+        decisions = policy.squeeze(seen, moment, shape, final=len(layers) == shape.num_layers)
+        for held, decision in zip(layers, decisions, strict=True):
+            held.take(decision, over)
+
+    def _read(self, row: Row, seat: int, layer: int, since: int, moment: int) -> tuple[Held, PolicyInput]:
+        """One layer of one row, and what the policy sees of it."""
+        pool, facts, prompt = self._pool, self._facts, row.prompt_size
+        held = self._held(seat, layer, moment)
+        keys, values = (_entries(array, held.slots) for array in (pool.key, pool.value))
+        queries: tuple[Tensor | None, Tensor | None] = (None, None)
+        samples: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self._observed is not None:
+            queries = self._observed.recent(layer, seat, moment)
+            found = self._observed.sampled(layer, row, since, moment) if moment <= prompt else None
+            samples = queries if found is None else found
+        scale, softcap = facts.logits[layer]
+        return held, PolicyInput(
+            position=moment,
+            layer=layer,
+            shape=pool.shape,
+            positions=held.positions,
+            live=held.live,
+            keys=keys,
+            values=values,
+            log_weights=held.log_weights,
+            scores=held.scores,
+            queries=queries[0],
+            query_positions=queries[1],
+            samples=samples[0],
+            sample_positions=samples[1],
+            last_moment=since,
+            scale=scale,
+            softcap=softcap,
+            rotary=facts.rotary,
+            layer_share=1 / pool.shape.num_layers,  # it changes where layers compete, and from then on they always do
+            competes=moment >= prompt,
+        )
+
+    def _held(self, seat: int, layer: int, most: int) -> Held:
+        """The entries of one layer of one row, `most` of a stream at most."""
+        pool, size = self._pool, self._pool.shape.page_size
+        lengths = pool.lengths[seat, layer]
+        index = torch.arange(most, device=lengths.device).expand(lengths.shape[0], -1)
+        live = index < lengths[:, None]
+        slots = pool.page_table[seat, layer].long().gather(1, index // size).clamp(min=0) * size + index % size
+        order = torch.where(live, _entries(pool.arrays["position"], slots), NOWHERE).argsort(dim=1)
+        # Live entries come first now. Holes are another entry, so that whatever is done to all of them is done to it.
+        first = lengths.argmax() * most
+        source = torch.where(live, torch.arange(live.numel(), device=live.device).view_as(live), first)
+        slots = slots.gather(1, order).flatten()[source]
+        arrays = {name: _entries(pool.arrays[name], slots) for name in pool.shape.fields}
+        return Held(slots, source, order, live, live, arrays["position"], arrays.get("score"), arrays.get("log_weight"))
+
+    def _apply(self, seat: int, layer: int, held: Held) -> None:
+        """Write what merged and what was scored, and let go of what is not kept."""
+        pool = self._pool
+        if held.merging is not None:
+            decision, before = held.merging
+            assert decision.merge_into is not None
+            assert decision.share is not None
+            target = torch.where(before, decision.merge_into, -1)
+            keys, values = (_entries(array, held.slots) for array in (pool.key, pool.value))
+            means = reference.merge_into(keys, values, held.positions, target, decision.share, self._facts.rotary)
+            self._write(held, pool.key, means[0])
+            self._write(held, pool.value, means[1])
+        for name, new in (("score", held.scores), ("log_weight", held.log_weights)):
+            if new is not None:
+                self._write(held, pool.arrays[name], new)
+        row = slice(seat, seat + 1)
+        alone = replace(
+            pool, page_table=pool.page_table[row], num_pages=pool.num_pages[row], lengths=pool.lengths[row],
+            row_pages=pool.row_pages[row],
+        )  # fmt: skip
+        keep = torch.zeros_like(held.keep).scatter(1, held.order, held.keep)
+        update.evict(alone, layer, keep[None], self._one)
+
+    def _write(self, held: Held, array: Tensor, new: Tensor) -> None:
+        """New values [H, N, ...] of all entries; the old ones where the step has failed."""
+        flat = array.view(-1, *array.shape[2:])
+        new = new.flatten(0, 1)[held.source].to(array.dtype)
+        flat[held.slots] = torch.where(self._pool.failed == 0, new, flat[held.slots])
+
+
+def _entries(array: Tensor, slots: Tensor) -> Tensor:
+    """[H, N, ...] of one array [P, S, ...] of the pool."""
+    return array.view(-1, *array.shape[2:])[slots]
