@@ -145,8 +145,10 @@ def test_families(family: str) -> None:
     assert set(engine.reasons.values()) == {"length"}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*((kind, "qwen3") for kind in POLICIES), ("fold", "gpt2"), ("dmc", "gpt2"), ("attention", "gpt2")],
+)
 def test_policies(kind: str, family: str) -> None:
     """Chunks of prompts beside tokens of other rows: the tokens of the one-model wrapper."""
     lengths = [70, 3, 41, 16, 1, 160]

@@ -7,7 +7,8 @@ prompt what was decoded before. So logits agree to about 1e-5 in float32, on a C
 two of bfloat16's 8 bits there; tokens are the same unless two are as likely as each other to that precision, or a
 gate's number lies that near to 0. Under AttentionScore the cache also depends on where the prompt ended, so preemption
 feeds the prompt as a prompt and the rest as what was generated, cut at the same moments (engine/moments.py): the same
-decisions up to that rounding, unless two entries score alike to it. Nothing that one row computes is read by another, so a NaN stays where it is.
+decisions up to that rounding, unless two entries score alike to it. Nothing that one row computes is read by another,
+so a NaN stays where it is.
 """
 
 from typing import Any

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from kvpleat.cache.paged import PagedKVCache
 from kvpleat.cache.pieces import readable, stream_pieces
-from kvpleat.errors import AttachError, NumericsError, UnsupportedError
+from kvpleat.errors import AttachError, UnsupportedError
 from kvpleat.hf import gated
 from kvpleat.hf.borrowed import clear
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.families import sliding_attention
 from kvpleat.kernels import cpu, reference, sdpa
-from kvpleat.policies.base import LayerScores
+from kvpleat.policies.base import LayerScores, check_scores
 from kvpleat.types import Marks, Phase, PolicyInput
 
 IMPLEMENTATION = "kvpleat"  # the name in transformers' AttentionInterface and AttentionMaskInterface
@@ -251,12 +251,8 @@ def decide(
         competes=competes,
     )
     decision = policy.decide(inputs)
-    if decision is not None and decision.scores is not None and not bool(torch.isfinite(decision.scores).all()):
-        raise NumericsError(
-            f"Scores of layer {layer} are NaN or infinite at token {moment}, so no entry can be ranked. Check the "
-            "model's weights and dtype (float16 overflows where bfloat16 does not)."
-        )
     if decision is not None:
+        check_scores(decision, layer, moment)
         kv.apply(layer, row, decision)
     if competes and call.phase is Phase.PREFILL and layer + 1 < kv.shape.num_layers:
         squeeze(cache, row, moment, layer + 1)

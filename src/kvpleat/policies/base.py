@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from kvpleat.errors import NumericsError
 from kvpleat.policies.gates import Borrowed, Gates
 from kvpleat.policies.lora import LoraWeights
 from kvpleat.types import Decision, Delay, KVShape, Marks, Phase, PolicyInput, check_bits
@@ -169,3 +170,12 @@ class LayerScores:
     positions: Tensor
     live: Tensor
     log_weights: Tensor | None
+
+
+def check_scores(decision: Decision, layer: int, position: int) -> None:
+    """Raise NumericsError where scores of a layer at a moment are not numbers. Waits for the device."""
+    if decision.scores is not None and not bool(torch.isfinite(decision.scores).all()):
+        raise NumericsError(
+            f"Scores of layer {layer} are NaN or infinite at token {position}, so no entry can be ranked. Check the "
+            "model's weights and dtype (float16 overflows where bfloat16 does not)."
+        )
