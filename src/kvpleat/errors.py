@@ -8,6 +8,7 @@ KvpleatError
 ├── CacheError         (RuntimeError)     a cache is used in a way its state does not allow
 ├── CacheFileError     (ValueError)       a saved cache is damaged, truncated, foreign, or could not be written
 ├── OutOfPagesError    (MemoryError)      the page pool cannot grow any further
+├── OutOfMemoryError   (MemoryError)      a device has too little memory for what was asked of it
 ├── EngineError        (RuntimeError)     the engine has failed or was closed, and with it the requests it had
 ├── NumericsError      (ArithmeticError)  NaN or infinite values reached a policy or the output
 ├── PeerError          (RuntimeError)     another library that is measured beside kvpleat failed
@@ -45,6 +46,10 @@ class CacheFileError(KvpleatError, ValueError):
 
 class OutOfPagesError(KvpleatError, MemoryError):
     """The page pool cannot grow any further."""
+
+
+class OutOfMemoryError(KvpleatError, MemoryError):
+    """A device has too little memory for what was asked of it."""
 
 
 class EngineError(KvpleatError, RuntimeError):

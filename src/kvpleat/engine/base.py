@@ -51,6 +51,7 @@ class Engine:
         OptionError: arguments that do not go together, or a kv_memory in which nothing could run.
         UnsupportedError: the engine does not serve this model or policy.
         AttachError: the model has a policy attached already.
+        OutOfMemoryError: the device has too little memory for the cache, or for the graphs of steps.
     """
 
     def __init__(

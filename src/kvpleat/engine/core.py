@@ -11,14 +11,16 @@ decisions up to that rounding, unless two entries score alike to it. Nothing tha
 so a NaN stays where it is.
 """
 
+import traceback
 from typing import Any
 
+import torch
 from torch import nn
 
 from kvpleat.engine import sampling, sizes
 from kvpleat.engine.attach import Attached
 from kvpleat.engine.params import Emitted, Request, TokenLogprobs
-from kvpleat.engine.rows import Feed, Row
+from kvpleat.engine.rows import Feed, Plan, Row
 from kvpleat.engine.runner import Launched, Runner
 from kvpleat.engine.sampling import NO_TOKEN
 from kvpleat.engine.scheduler import Scheduler
@@ -44,6 +46,7 @@ class EngineCore:
     Raises:
         UnsupportedError: the model or the policy is not served. OptionError: options that do not fit together.
         AttachError: the model has a policy attached already.
+        OutOfMemoryError: the device has too little memory. The model is as it was, and all that was taken is free.
 
     Attributes:
         max_model_len: in tokens. scheduler: who waits and runs. runner: what lives on the device.
@@ -75,11 +78,16 @@ class EngineCore:
                 self._attached.policy, facts, kv_memory, max_num_seqs, max_num_batched_tokens, self.max_model_len
             )
             self.scheduler = Scheduler(limits)
-            self.runner = Runner(
-                self._attached, limits.pages, max_num_seqs, self.max_model_len, self._end_ids, enforce_eager
-            )
-        except BaseException:
+            self._device = facts.device if facts.device.type == "cuda" else -1  # -1: no matter
+            with torch.cuda.device(self._device):
+                self.runner = Runner(
+                    self._attached, limits.pages, max_num_seqs, self.max_model_len, self._end_ids, enforce_eager
+                )
+        except BaseException as error:
             self._attached.close()
+            if sizes.out_of_memory(error):
+                traceback.clear_frames(error.__traceback__)  # they hold on to what was made until then
+                raise sizes.does_not_fit(kv_memory, self._attached.facts.device) from error
             raise
         self._rows: dict[str, Row] = {}
         self._arrived = 0
@@ -126,20 +134,34 @@ class EngineCore:
         Returns:
             what that one brought, for each request that gained a token or ended.
         """
-        plan = self.scheduler.schedule(runs=self._runs is not None and not self._void)
-        launched = None
-        if plan.feeds:
-            launched = self.runner.launch(plan)
-        elif plan.released or plan.clear:
-            self.runner.release(plan)
-        before, self._runs = self._runs, launched
+        with torch.cuda.device(self._device):  # whatever thread this is
+            plan = self.scheduler.schedule(runs=self._runs is not None and not self._void)
+            before, fits = self._runs, True
+            try:
+                self._runs = self.runner.launch(plan) if plan.feeds else None
+            except Exception as error:
+                if not sizes.out_of_memory(error):
+                    raise
+                fits = False  # what follows is done where the error holds on to nothing any more
+            if not plan.feeds and (plan.released or plan.clear):
+                self.runner.release(plan)
+            if fits:
+                return self._settle(before, plan)
+            self._runs = None
+            emitted = self._settle(before, plan)
+            self.runner.start_over()
+            self.scheduler.start_over(plan)
+            return emitted + self._without_memory()
+
+    def _settle(self, before: Launched | None, plan: Plan) -> list[Emitted]:
+        """What the step before brought, once it has ended. plan: of the one that was launched since."""
         if before is None or self._void:
             self._void = False
             return []
         counters, drawn = self.runner.collect(before)
         if self.scheduler.settle(before.plan, counters, plan):
             return [x for feed, token, logprobs in drawn if (x := self._take(feed, token, logprobs)) is not None]
-        self._void = launched is not None
+        self._void = self._runs is not None
         return self._without_memory()
 
     def _take(self, feed: Feed, token: int, logprobs: TokenLogprobs | None) -> Emitted | None:

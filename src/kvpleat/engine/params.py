@@ -177,8 +177,8 @@ class Emitted:
         token_ids: new tokens, the one that ended the request included.
         logprobs: one for each of them, or None where nobody asked.
         finish_reason: "stop" (an end token, a token of stop_token_ids), "length" (max_tokens, or the model's length),
-            "error" (the logits were NaN or all infinite, and no token was made of them), "memory" (it needs more pages
-            than there are, even alone), None: goes on.
+            "error" (the logits were NaN or all infinite, and no token was made of them), "memory" (even alone it
+            needs more pages, or a step of its more memory, than there are), None: goes on.
     """
 
     request_id: str
@@ -214,7 +214,7 @@ class CompletionOutput:
         cumulative_logprob: sum of the chosen tokens' log probabilities since the start, if logprobs were asked for.
         logprobs: for each of token_ids: the chosen token, then the likeliest ones, by id.
         finish_reason: "stop", "length", "abort" (cancelled), "error" (the model's logits were NaN), "memory" (alone it
-            needs more than kv_memory), or None: goes on. What there is by then stands.
+            needs more than kv_memory, or than the device has left), or None: goes on. What there is by then stands.
         stop_reason: the stop string, or the token of stop_token_ids, that ended it; else None.
     """
 

@@ -63,7 +63,7 @@ class Row:
         tokens: prompt and output, as far as the host knows. drawn: how many there are on the device.
         goal: those to feed as a prompt. fed: those in the cache; both counts include the step that runs.
         seat: None while it waits. held: pages, as far as the host knows. needs: pages that it gave up.
-        reason: why it ended.
+        stuck: position of a token that the device had no memory for, alone. reason: why it ended.
     """
 
     request: Request
@@ -77,6 +77,7 @@ class Row:
     seat: int | None = None
     held: int = 0
     needs: int = 0
+    stuck: int | None = None
     reason: str | None = None
 
     def __post_init__(self) -> None:

@@ -151,6 +151,14 @@ class Runner:
             self.pool.failed.zero_()
 
     @torch.inference_mode()
+    def start_over(self) -> None:
+        """Empty all seats, whatever a step that broke off has left in them."""
+        for seat in range(self._seats.numel()):
+            self.sampler.unseat(seat)
+        update.release(self.pool, self._seats >= 0)
+        self.pool.failed.zero_()
+
+    @torch.inference_mode()
     def _decode_by_graph(self, n: int) -> None:
         self._graphs.run(n, lambda: self._decode(n, self.pool.page_table.shape[-1]))
 

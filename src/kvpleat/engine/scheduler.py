@@ -8,6 +8,10 @@ Pages are counted twice. What a policy is expected to hold, corrected by what ro
 admitted. What a step really takes is settled on the device: a step that lacks pages changes nothing and says so one
 step late. Then it and the one planned since are taken back, the youngest rows give their pages up, wait at the head of
 the queue with all tokens they have, and feed them again. A row that lacks pages even alone ends with "memory".
+
+Where the device has no memory left to compute a step, some layers hold its tokens and others do not. So all rows give
+their pages up and feed their tokens again, in steps half as large, which grow after a while. A row of
+which one token alone finds none, twice, ends with "memory".
 """
 
 from collections import deque
@@ -16,6 +20,7 @@ from kvpleat.engine.rows import Counters, Feed, Limits, Plan, Row
 
 AHEAD = 64  # tokens that every row should be able to go on for when another one is admitted
 CAUTIOUS = 32  # steps in which every stream is reckoned to take a page, after a chunk found too few
+PATIENCE = (16, 1024)  # steps that go well before larger ones are tried again: at first, and after many failures
 SCALES = (0.125, 8.0)  # how far from what is expected rows are believed to be
 
 
@@ -24,6 +29,7 @@ class Scheduler:
 
     Attributes:
         limits: what there is. waiting, running: rows. preemptions: how often a row gave its pages up.
+        step_tokens: of a step, fewer than there may be after one that there was no memory for.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -31,6 +37,8 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.preemptions = 0
+        self.step_tokens = limits.step_tokens
+        self._well, self._patience = 0, PATIENCE[0]  # steps since then, and how many have to be
         self._seats = list(range(limits.seats))  # free ones
         self._leaving: list[tuple[int, Row]] = []  # to be released
         self._free = limits.pages  # pages after the last step that ended, with those of rows that left since
@@ -82,7 +90,7 @@ class Scheduler:
     def _admit(self, plan: Plan, free: int) -> None:
         """Rows that wait get seats, in order, while there are seats, tokens, and pages for all to go on a while."""
         owed = sum(max(0, self._needs(row) - row.held) for row in self.running) if self.waiting and self._seats else 0
-        while self.waiting and self._seats:
+        while self.waiting and self._seats and len(self.running) < self.step_tokens:
             row = self.waiting[0]
             owed += self._needs(row)
             if self.running and owed > free:
@@ -98,7 +106,7 @@ class Scheduler:
     def _chunk(self, plan: Plan, row: Row, free: int) -> bool:
         """As much of a row's prompt as there are tokens and pages for. Returns whether that is anything."""
         fitting = max(0, free - plan.pages) // self.limits.streams * self.limits.page_size
-        count = min(row.goal - row.fed, self.limits.step_tokens - plan.size, fitting)
+        count = min(row.goal - row.fed, self.step_tokens - plan.size, fitting)
         if count > 0 and self.limits.calendar is not None:
             count = self.limits.calendar.next(row.prompt_size, row.fed, row.fed + count) - row.fed
         if count > 0:
@@ -149,9 +157,27 @@ class Scheduler:
             return False
         held = sum(counters.held[feed.seat] for feed in plan.tokens)
         expected = sum(self.limits.pages_for(feed.start + 1) for feed in plan.tokens)
+        self._well += 1
+        if self.step_tokens < self.limits.step_tokens and self._well >= self._patience:
+            self.step_tokens, self._well = min(2 * self.step_tokens, self.limits.step_tokens), 0
         if held and expected:
             self._scale = min(max(held / expected, SCALES[0]), SCALES[1])
         return True
+
+    def start_over(self, plan: Plan) -> None:
+        """The device had no memory for a step, and none is under way: all seats were emptied."""
+        self._well, self._patience = 0, min(2 * self._patience, PATIENCE[1])
+        while self.running:
+            self._preempt()
+        self._empty(self._leaving)
+        self._leaving, self._clear, self._free = [], False, self.limits.pages
+        self.step_tokens = max(1, self.step_tokens // 2)
+        row, start = plan.feeds[0].row, plan.feeds[0].start
+        if plan.size == 1 and row.reason is None:
+            if row.stuck == start:
+                self.finish(row, "memory")
+                self.step_tokens = self.limits.step_tokens
+            row.stuck = start
 
     def _give_way(self, plan: Plan, counters: Counters, left: int) -> None:
         """There were too few pages: a chunk waits and is reckoned with care, or the youngest rows go. left: pages of

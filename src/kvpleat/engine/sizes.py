@@ -9,7 +9,7 @@ from kvpleat import accounting
 from kvpleat.cache.memory import physical_memory
 from kvpleat.engine.moments import Calendar, decides
 from kvpleat.engine.rows import Limits
-from kvpleat.errors import OptionError
+from kvpleat.errors import OptionError, OutOfMemoryError
 from kvpleat.hf.families import ModelFacts
 from kvpleat.kernels import decode
 from kvpleat.kernels.device_pool import pool_bytes
@@ -17,6 +17,7 @@ from kvpleat.policies.base import Policy
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+OUT_OF_MEMORY = "out of memory|allocate memory|alloc_failed"  # what CUDA, its libraries, Triton and the CPU say
 GPU_SHARE, CPU_SHARE = 0.8, 0.25  # of the memory that is free, or that the machine has
 
 
@@ -40,6 +41,30 @@ def memory_for(kv_memory: int | str | None, device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
     return int(physical_memory() * CPU_SHARE)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, says that a device has no memory left."""
+    while error is not None:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if known or (isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def does_not_fit(kv_memory: int | str | None, device: torch.device) -> OutOfMemoryError:
+    """An engine could not be made for want of memory."""
+    there = f"the machine has {accounting.human_bytes(physical_memory())}"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the attempt had taken
+        free, whole = map(accounting.human_bytes, torch.cuda.mem_get_info(device))
+        there = f"{free} of {whole} are free now"
+    return OutOfMemoryError(
+        f"kv_memory={kv_memory!r}: {device} ran out of memory while the cache and the graphs of steps were made. The "
+        f"model is as it was; {there}. Pass a smaller kv_memory (a step needs room beside it) or max_num_seqs, or "
+        "enforce_eager=True, which makes no graphs."
+    )
 
 
 def check_counts(max_num_seqs: int, max_num_batched_tokens: int) -> None:
