@@ -155,7 +155,7 @@ class Runner:
         """Empty all seats, whatever a step that broke off has left in them."""
         for seat in range(self._seats.numel()):
             self.sampler.unseat(seat)
-        update.release(self.pool, self._seats >= 0)
+        update.release(self.pool, self._seats.int())
         self.pool.failed.zero_()
 
     @torch.inference_mode()
