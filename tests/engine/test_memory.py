@@ -84,7 +84,7 @@ def test_steps_run_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- in a step
 
 
-@pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc of 3", "window"])
+@pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc of 3", "window", "attention often"])
 def test_steps_that_break_off(kind: str) -> None:
     """Steps that some layers have taken part in, and others not: every row goes on with its own tokens."""
     dice = random.Random(kind)

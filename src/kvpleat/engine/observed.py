@@ -141,6 +141,10 @@ class Observed:
         """A row left its seat."""
         self._samples.pop(row, None)
 
+    def forget_all(self) -> None:
+        """All rows left theirs."""
+        self._samples.clear()
+
 
 def remember(last: Tensor, layer: int, positions: Tensor, goes_well: Tensor, q: Tensor) -> None:
     """Remember one query of each of n seats: a CUDA graph can hold it.

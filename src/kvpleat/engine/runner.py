@@ -155,6 +155,8 @@ class Runner:
         """Empty all seats, whatever a step that broke off has left in them."""
         for seat in range(self._seats.numel()):
             self.sampler.unseat(seat)
+        if self._observed is not None:
+            self._observed.forget_all()
         update.release(self.pool, self._seats.int())
         self.pool.failed.zero_()
 
