@@ -23,7 +23,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import transformers.cache_utils  # noqa: F401
 
-from tests import models  # noqa: E402
+from tests import interpreted, models  # noqa: E402
+
+interpreted.patch_once()
 
 torch.set_num_threads(1)  # tiny models on busy cores: threads that wait for each other take a hundred times longer
 

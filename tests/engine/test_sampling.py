@@ -118,7 +118,7 @@ def test_the_tokens_that_stay_are_those_of_the_definition(size: int, grid: int |
     logits = logits if grid is None else (logits * grid).round() / grid
     largest, temperature = logits.amax(-1), torch.tensor([p.temperature for p in PARAMS])
     least = least_score(logits, largest, temperature, *filters_of(PARAMS, size))
-    scores = (logits - largest[:, None]) / temperature[:, None]
+    scores = (logits - largest[:, None]) * temperature.reciprocal()[:, None]
     for row, params in enumerate(PARAMS):
         stays = (scores[row] >= least[row]).nonzero()[:, 0].tolist()
         assert stays == sorted(kept(logits[row].tolist(), params)), params

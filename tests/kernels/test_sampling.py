@@ -51,7 +51,7 @@ def test_triton_draws_what_the_specification_draws(size: int, dtype: torch.dtype
     arguments = [x.to(DEVICE) for x in (logits, largest, temperature, least, noise)]
     state = sampling.state_of(seeds, counters)
     found = sampling_triton.race(*arguments, state.to(DEVICE)).cpu()
-    scores = (logits.double() - largest[:, None].double()).float() / temperature[:, None]
+    scores = (logits.double() - largest[:, None].double()).float() * temperature.reciprocal()[:, None]
     scores = scores.masked_fill(scores < least[:, None], -math.inf) + sampling.gumbel(state, size) * noise[:, None]
     sound = [row for row in range(rows) if row not in (3, 4)]
     best = scores.amax(-1)
@@ -95,34 +95,88 @@ def test_noise_of_triton_has_all_its_digits() -> None:
             assert torch.equal(found, where if sign < 0 else torch.full_like(where, size)), near
 
 
-@pytest.mark.parametrize(
-    ("size", "grid", "choices"),
-    [
-        (1, None, [(0.0, 1, 0.5)]),
-        (150, None, [(0.0, 150, 0.9), (0.02, 7, 1.0), (0.02, 20, 0.8), (0.0, 149, 1e-6), (0.5, 150, 1.0)]),
-        (150, 1, [(0.0, 150, 0.4), (0.0, 5, 1.0), (0.1, 40, 0.7)]),
-    ],
-)
-def test_triton_keeps_what_the_specification_keeps(
-    size: int, grid: int | None, choices: list[tuple[float, int, float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """min_p, top_k and top_p, alone and together, over several blocks, with ties at the border, beside a bad row."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1, 129, 1000])
+def test_triton_finds_the_largest_logits(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one of equals, over parts; rows with NaN, and with nothing finite, say so."""
     monkeypatch.setattr(sampling_triton, "BLOCK", 128)
+    logits = torch.randn(6, size + 3, generator=torch.Generator().manual_seed(size)).to(dtype)[:, 2 : size + 2]
+    logits[1, [size // 3, size - 1]] = 9.0
+    logits[2, size // 2], logits[3] = math.nan, -math.inf
+    logits[4, : size - 1] = -math.inf
+    values, tokens = sampling_triton.highest(logits.to(DEVICE))
+    wanted = sampling.highest(logits)
+    assert values.dtype == dtype
+    assert tokens.dtype == torch.int64
+    sound = [0, 1, 4, 5]
+    for found, expected in zip((values, tokens), wanted, strict=True):
+        assert torch.equal(found.cpu()[sound], expected[sound])
+    assert not values.cpu()[[2, 3]].isfinite().any()
+
+
+CHOICES = [  # min_p, top_k (0: all), top_p
+    (0.0, 0, 0.9), (0.02, 7, 1.0), (0.02, 20, 0.8), (0.0, -1, 1e-6), (0.5, 0, 1.0), (0.0, 1, 1.0), (0.0, 1, 0.3),
+    (0.0, 0, 0.999999), (0.3, 0, 0.99), (1.0, 0, 0.5), (0.0, 40, 0.95), (1e-30, 3, 0.999), (0.0, -1, 0.4),
+    (0.0, 0, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "room", "choices"),
+    [(1, "", 64, CHOICES[:3]), (127, "bf16", 64, CHOICES), (385, "", 512, CHOICES), (300, "few", 64, CHOICES[::2]),
+     (257, "all", 300, CHOICES[::3]), (260, "wide", 64, CHOICES[::2]), (150, "ties", 9, CHOICES),
+     (130, "", 9, CHOICES[1::2])],
+)  # fmt: skip
+def test_triton_keeps_what_the_specification_keeps(
+    size: int, kind: str, room: int, choices: list[tuple[float, int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """min_p, top_k and top_p, alone and together, over several parts, with equals at the border, beside rows that are
+    not sound; and the same when `find` has no room for what is left."""
+    for name, value in (("BLOCK", 128), ("FOUND", 128), ("ROOM", room)):
+        monkeypatch.setattr(sampling_triton, name, value)
     make = torch.Generator().manual_seed(size)
-    rows = len(choices) + 1
+    rows = len(choices) + 2
     logits = torch.randn(rows, size, generator=make) * 2
-    logits = logits if grid is None else (logits * grid).round() / grid
-    logits[-1] = math.nan
-    min_p, top_k, top_p = (torch.tensor(each) for each in zip(*choices, (0.0, size, 1.0), strict=True))
+    if kind == "ties":
+        logits = logits.round()
+    elif kind == "bf16":
+        logits = logits.bfloat16()
+    elif kind == "few":  # the others were forbidden
+        logits[:, 5:] = -math.inf
+    elif kind == "all":
+        logits[:] = 3.25
+    elif kind == "wide":  # from next to nothing to more than exp can tell
+        logits = logits.sign() * 10 ** (logits * 3)
+    logits[-2], logits[-1, size // 2] = -math.inf, math.nan
+    min_p, top_k, top_p = (torch.tensor(each) for each in zip(*choices, (0.1, 3, 0.9), (0.1, 3, 0.9), strict=True))
+    top_k = torch.where(top_k > 0, top_k, size + top_k).clamp(1, size)
     temperature = torch.rand(rows, generator=make) + 0.4
     arguments = logits, logits.amax(-1), temperature, min_p.log(), top_k, top_p.double()
     found = sampling_triton.least_score(*(x.to(DEVICE) for x in arguments)).cpu()
     expected = sampling.least_score(*arguments)
-    scores = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    scores = (logits.float() - logits.float().amax(-1, keepdim=True)) * temperature.reciprocal()[:, None]
     for row, choice in enumerate(choices):
         stays = scores[row] >= found[row]
         assert torch.equal(stays, scores[row] >= expected[row]), choice
         assert stays.any()
+
+
+def test_what_stays_is_what_plain_sums_say() -> None:
+    """The specification itself, token by token in Python."""
+    make = torch.Generator().manual_seed(5)
+    logits = (torch.randn(20, 40, generator=make) * 2).round() / 2
+    for row, (top_k, top_p, min_p) in enumerate(((40, 0.7, 0.0), (5, 1.0, 0.0), (9, 0.8, 0.0), (40, 0.9, 0.1)) * 5):
+        given = logits[row : row + 1]
+        least = sampling.least_score(
+            given, given.amax(-1), torch.ones(1), torch.tensor([min_p]).log(), torch.tensor([top_k]),
+            torch.tensor([top_p], dtype=torch.float64),
+        )  # fmt: skip
+        weights = (given[0].double() - given.max()).exp()
+        stays = weights >= min_p
+        stays &= torch.tensor([int((given[0] > x).sum()) < top_k for x in given[0]])
+        share = top_p * weights[stays].sum() * (1 - 1e-12)
+        stays &= torch.tensor([bool(weights[stays & (given[0] > x)].sum() < share) for x in given[0]])
+        assert torch.equal(given[0] - given.max() >= least, stays), (top_k, top_p, min_p)
 
 
 def test_checks_of_the_kernel_script_run() -> None:

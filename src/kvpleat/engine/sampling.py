@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpleat.engine.params import SamplingParams
 from kvpleat.errors import OptionError
-from kvpleat.kernels.sampling import MAX_VOCAB, least_score, mix, race, signed
+from kvpleat.kernels.sampling import MAX_VOCAB, highest, least_score, mix, race, signed
 
 NO_TOKEN = -1  # in place of a token where the logits allow none
 MAX_END_IDS = 32  # tokens that min_tokens can hold back, for each seat
@@ -27,7 +27,7 @@ class Mode(NamedTuple):
 
     Args:
         draws: whether any row is not greedy.
-        filters: whether any row has a top_k or a top_p; a CPU sorts for it, a GPU looks at the logits many times.
+        filters: whether any row has a top_k or a top_p; a CPU sorts for it, a GPU reads the logits three times more.
         holds: whether any row has min_tokens.
         logprobs: most that any row asked for, or None.
     """
@@ -108,8 +108,9 @@ class Sampler:
         held = end_tokens(params, end_ids) if params.min_tokens else ()
         self._temperature[index].fill_(params.temperature if draws else 1.0)
         self._noise[index].fill_(float(draws))
-        self._top_k[index].fill_(min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size)
-        self._top_p[index].fill_(params.top_p)
+        limits = draws and params.top_k > 0  # the likeliest token passes every filter
+        self._top_k[index].fill_(min(params.top_k, self.vocab_size) if limits else self.vocab_size)
+        self._top_p[index].fill_(params.top_p if draws else 1.0)
         self._log_min_p[index].fill_(math.log(params.min_p) if params.min_p > 0 else -math.inf)
         self._seed[index].fill_(signed(request_seed))
         self._min_tokens[index].fill_(params.min_tokens if held else 0)
@@ -147,7 +148,7 @@ class Sampler:
         """
         mode = self.mode if mode is None else mode
         allowed = self._without_ends(logits, seats, counters) if mode.holds else logits
-        largest, tokens = allowed.max(dim=-1)  # of equal ones the first; NaN where the row has one
+        largest, tokens = highest(allowed)
         if mode.draws:
             tokens = self._draw(allowed, largest, seats, counters, mode.filters)
         tokens = torch.where(torch.isfinite(largest), tokens, NO_TOKEN)

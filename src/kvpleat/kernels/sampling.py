@@ -1,14 +1,14 @@
 """Drawing tokens: which ones stay in the race, and the race itself. What is computed, in torch, and where it runs.
 
-For a row of logits x with largest one m, and temperature T, a token's score is s = (x - m) / T.
+For a row of logits x with largest one m, and temperature T, a token's score is s = (x - m) * (1 / T).
 
 - `least_score` says from which score on tokens stay: s >= log min_p; of these, those that fewer than top_k exceed; of
   these, those whose betters hold less than top_p of the probability that is left. By value, so equals stay or leave
   together. Probabilities are added up in integers, which no order of additions rounds differently.
 - `race` takes, of those, the largest s + g, lowest id first, where g is Gumbel noise: a draw from the softmax of s.
 
-g is a hash of (seed, counter, token id) and of nothing else. On a GPU each is a kernel (sampling_triton.py), which
-writes next to nothing, and nothing is sorted.
+g is a hash of (seed, counter, token id) and of nothing else. On a GPU kernels compute it (sampling_triton.py), which
+write next to nothing, and nothing is sorted.
 """
 
 import math
@@ -23,6 +23,19 @@ MASS_BITS = 44  # probabilities are multiples of 2**-44 of the largest
 MAX_VOCAB = 1 << (63 - MASS_BITS)  # so many of them add up to less than 2**63
 
 
+def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of logits [n, V], and the first token that has it: [n] of their dtype, [n] int64.
+
+    Of a row that holds NaN: something that is not finite, and any token.
+    """
+    if logits.device.type == "cuda":
+        from kvpleat.kernels import sampling_triton
+
+        return sampling_triton.highest(logits)
+    values, tokens = logits.max(dim=-1)
+    return values, tokens
+
+
 def race(
     logits: Tensor, largest: Tensor, temperature: Tensor, least: Tensor, noise: Tensor, seeds: Tensor, counters: Tensor
 ) -> Tensor:
@@ -30,7 +43,7 @@ def race(
 
     Args:
         logits: [n, V] of any float dtype.
-        largest: [n] of the same dtype, the largest logit of each row.
+        largest: [n] of the same dtype, as `highest` says.
         temperature: [n] float32, above 0.
         least: [n] float32 score from which on tokens stay.
         noise: [n] float32 what noise is multiplied by: 1 to draw, 0 for the likeliest token.
@@ -100,7 +113,7 @@ def signed(value: int) -> int:
 def _scores(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
     """[n, V] float32."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return (logits.to(wide) - largest[:, None].to(wide)).float().div_(temperature[:, None])
+    return (logits.to(wide) - largest[:, None].to(wide)).float().mul_(temperature.reciprocal()[:, None])
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
