@@ -5,7 +5,7 @@ from typing import Any
 
 from kvpleat.accounting import full_bytes, human_bytes
 from kvpleat.bench import engine_state
-from kvpleat.bench.engine_models import Profile, policy_for, profile
+from kvpleat.bench.engine_models import policy_for, profile
 from kvpleat.bench.engine_report import Bench, Column
 from kvpleat.engine.scheduler import AHEAD
 from kvpleat.hf.families import describe
@@ -84,8 +84,15 @@ def decode(bench: Bench, model: Any, case: Case, memory: int, before: dict[int, 
     """The figures of one batch. before: tokens a second at ratio 1, by the tokens of a row."""
     shape = describe(model, bench.page_size).shape
     stays = profile(case.ratio, case.tokens, shape.num_layers, shape.num_kv_heads, case.skewed)
-    core, rows = _filled(bench, model, case, stays, memory)
+    policy = policy_for(model, stays)
+    most = engine_state.fitting(policy, model, case.tokens, memory, bench.page_size)
+    rows = most + 2 if case.rows is None else min(case.rows, most)  # of more than fit the engine admits what it can
+    length = min(case.tokens + engine_state.ANSWER, describe(model).max_positions)
+    core = engine_state.new_core(
+        bench, model, policy, memory, rows, length, max_num_batched_tokens=engine_state.BATCHED
+    )
     try:
+        engine_state.fill(core, rows, case.tokens, stays)
         found = engine_state.measure(bench, core)
     finally:
         core.close()
@@ -96,7 +103,7 @@ def decode(bench: Bench, model: Any, case: Case, memory: int, before: dict[int, 
         "ratio_wanted": case.ratio,
         "skewed": case.skewed,
         "tokens": case.tokens,
-        "rows_wanted": rows,
+        "rows_wanted": case.rows,
         "graph_of_floor": _over(graph, floor),
         "step_of_floor": _over(found["step_seconds"], floor),
         "speedup": _over(found["tokens_per_s"], before.get(case.tokens)),
@@ -104,19 +111,6 @@ def decode(bench: Bench, model: Any, case: Case, memory: int, before: dict[int, 
         "bookkeeping_share": _over(found["bookkeeping_seconds"], graph),
         "gate_share": _over(found["gate_seconds"], graph),
     }
-
-
-def _filled(bench: Bench, model: Any, case: Case, stays: Profile, memory: int) -> tuple[Any, int]:
-    """An engine whose rows have seen `tokens` tokens, and how many were asked for."""
-    policy = policy_for(model, stays)
-    most = engine_state.fitting(policy, model, case.tokens, memory, bench.page_size)
-    rows = most + 2 if case.rows is None else min(case.rows, most)
-    length = min(case.tokens + engine_state.ANSWER, describe(model).max_positions)
-    core = engine_state.new_core(
-        bench, model, policy, memory, rows, length, max_num_batched_tokens=engine_state.BATCHED
-    )
-    engine_state.fill(core, rows, case.tokens, stays)
-    return core, rows
 
 
 def _over(number: float | None, other: float | None) -> float | None:

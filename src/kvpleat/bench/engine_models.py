@@ -115,11 +115,12 @@ def spread(keep: Tensor, layers: int, heads: int) -> Tensor:
 
 
 def scaled(keep: Tensor, mean: float) -> Tensor:
-    """Shares multiplied by one number, none above 1, so that their mean is `mean`."""
-    factor = 1.0
-    for _ in range(50):  # what is cut off at 1 goes to the others
-        factor *= mean / float((keep * factor).clamp(max=1).mean())
-    return (keep * factor).clamp(max=1)
+    """Shares to one power, so that their mean is `mean` and heads that keep everything still do."""
+    low, high = 0.01, 100.0
+    for _ in range(60):
+        power = (low * high) ** 0.5
+        low, high = (power, high) if float((keep**power).mean()) > mean else (low, power)
+    return keep**power
 
 
 def policy_for(model: Any, stays: Profile | None, method: type[DMS] | type[DMC] = DMS) -> Policy:

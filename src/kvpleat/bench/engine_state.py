@@ -31,7 +31,7 @@ from kvpleat.kernels.device_pool import DevicePool, pool_bytes
 
 ANSWER = 512  # tokens: more than are decoded before the clock starts and while it runs
 BATCHED = 2**20  # tokens of a step that only seems to feed prompts
-WARM_UPS, STEPS = 3, 24
+WARM_UPS, STEPS = 3, 16  # few: rows are sure to find pages for AHEAD tokens
 BOOKKEEPING = ("count", "share", "settle", "append", "step", "plan")  # kernels, in update_*_triton and decode_*_triton
 
 
@@ -91,11 +91,11 @@ class Filler:
             pool.arrays[name].normal_()
         if pool.log_weight is not None:
             pool.log_weight.zero_()
-        pool.free_pages.copy_(pool.free_pages[torch.randperm(pool.free_pages.numel(), device=pool.owner.device)])
+        pool.free_pages.copy_(pool.free_pages[torch.randperm(pool.free_pages.numel(), device=pool.holders.device)])
 
     def __call__(self, n: int, plan: Plan) -> None:
         pool: DevicePool = self.runner.pool
-        seats, tokens = torch.tensor([[f.seat, f.start + f.size] for f in plan.feeds], device=pool.owner.device).T
+        seats, tokens = torch.tensor([[f.seat, f.start + f.size] for f in plan.feeds], device=pool.holders.device).T
         wanted = self.stays.lengths(tokens, seats)
         counts = torch.zeros_like(pool.lengths)
         counts[seats] = (wanted - pool.lengths[seats]).clamp(min=0)
@@ -126,13 +126,16 @@ def fill(core: Any, rows: int, tokens: int, stays: Profile) -> None:
     for number in range(rows):
         core.add(random_request(number, tokens, ANSWER, core.runner.sampler.vocab_size))
     still, before = 0, 0
-    while still < 4 and core.unfinished:
+    for _ in range(ANSWER // 2):
+        if still == 4:
+            break
         core.step()
         running = core.scheduler.running
         settled = all(row.fed >= row.goal for row in running) and len(running) == before
         still, before = still + 1 if settled else 0, len(running)
-    for row in list(core.scheduler.waiting):
-        core.cancel(row.request.id)
+    for row in [*core.scheduler.waiting, *core.scheduler.running]:
+        if row.fed < row.goal:
+            core.cancel(row.request.id)
     del core.runner._mixed
 
 
@@ -207,7 +210,7 @@ def measure(bench: Bench, core: Any) -> dict[str, Any]:
     found = {
         "rows": rows, "width": step.width, "entries": entries, "ratio": seen / after,
         "allocated_ratio": seen / (pages * pool.shape.page_size),
-        "pool_bytes": pool.owner.numel() * page_bytes(pool.shape),
+        "pool_bytes": pool.holders.numel() * page_bytes(pool.shape),
         "floor_seconds": floor, "step_seconds": statistics.median(took), "tokens_per_s": rows * len(took) / whole,
         "graph_seconds": step.seconds(bench.device), "preemptions": scheduler.preemptions,
     }  # fmt: skip
