@@ -119,8 +119,8 @@ def scaled(keep: Tensor, mean: float) -> Tensor:
     low, high = 0.01, 100.0
     for _ in range(60):
         power = (low * high) ** 0.5
-        low, high = (power, high) if float((keep**power).mean()) > mean else (low, power)
-    return keep**power
+        low, high = (power, high) if float(keep.pow(power).mean()) > mean else (low, power)
+    return keep.pow(high)
 
 
 def policy_for(model: Any, stays: Profile | None, method: type[DMS] | type[DMC] = DMS) -> Policy:
