@@ -255,13 +255,16 @@ def test_a_case_that_comes_to_nothing_is_said_and_kept(
         "case": "mine",
         "x": 2.0,
     }
+    assert bench.case("part", "big", [], lambda: torch.empty(2**60) and {}) is None
+    assert not bench.failed
     assert bench.case("part", "broken", [], breaks) is None
     assert bench.failed
     bench.seconds = 0
     assert bench.case("part", "late", [], breaks) is None
-    slow, mine, broken, late = json.loads(bench.file.read_text())["records"]
+    slow, mine, big, broken, late = json.loads(bench.file.read_text())["records"]
     assert slow["skipped"].startswith("skipped: OutOfTime: not done within")
     assert mine["x"] == 2
+    assert big["skipped"].startswith("skipped: RuntimeError")
     assert broken["failed"] == "FAILED: IndexError: no such thing"
     assert late["skipped"] == "skipped: OutOfTime: there is none left"
     assert "mine" + " " * 36 + "  20.0" in capsys.readouterr().out

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", metavar="NAME,...", help="some of the parts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep all figures there, as they are measured")
-    parser.add_argument("--seconds", type=float, default=530, help="no case begins after that (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=500, help="no case begins after that (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="models of a few kilobytes")
     parser.add_argument("--rows", type=int, default=64, help="of a decode step, if they fit (%(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="that a row has seen (%(default)s)")

@@ -18,6 +18,7 @@ import torch
 from kvpleat.bench import floor
 from kvpleat.bench.engine_models import random_model
 from kvpleat.bench.kernel_timing import machine
+from kvpleat.engine.sizes import out_of_memory
 from kvpleat.errors import UnsupportedError
 
 Column = tuple[str, str, str, float]  # heading, key of a record, format, what the number is multiplied by
@@ -47,7 +48,7 @@ class Bench:
     step_tokens: int = 8192
     page_size: int = 16
     compile: bool = False
-    seconds: float = 540.0
+    seconds: float = 500.0
     file: Path | None = None
     rate: float | None = None
     cases: str | None = None
@@ -131,9 +132,12 @@ class Bench:
                 raise OutOfTime("there is none left")
             with limit(min(self.left + GRACE, most)):
                 return call()
-        except (OutOfTime, UnsupportedError, torch.OutOfMemoryError) as error:
+        except (OutOfTime, UnsupportedError) as error:
             self.add(part, case, columns, {"skipped": f"skipped: {said(error)}"})
         except Exception as error:
+            if out_of_memory(error):
+                self.add(part, case, columns, {"skipped": f"skipped: {said(error)}"})
+                return None
             traceback.print_exc()
             self.failed = True
             self.add(part, case, columns, {"failed": f"FAILED: {said(error)}"})
