@@ -46,7 +46,10 @@ def model_of(family: str = "llama") -> Any:
 
 @functools.cache
 def _model_of(family: str) -> Any:
-    return models.tiny(family, dtype=torch.float32, num_hidden_layers=2)
+    changes: dict[str, Any] = {} if family.startswith("gemma") else {"num_hidden_layers": 2}
+    if family == "qwen2":
+        changes |= {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+    return models.tiny(family, dtype=torch.float32, **changes)
 
 
 def policy_of(kind: str, family: str = "llama") -> Policy:
@@ -133,7 +136,7 @@ class Engine:
         self.core.close()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", models.FAMILIES)
 def test_families(family: str) -> None:
     """Prompts of several lengths, more of them than seats, cut where the step ends: transformers' own tokens."""
     lengths = [5, 37, 1, 64, 100, 18]
@@ -147,7 +150,12 @@ def test_families(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "family"),
-    [*((kind, "qwen3") for kind in POLICIES), ("fold", "gpt2"), ("dmc", "gpt2"), ("attention", "gpt2")],
+    [
+        *((kind, "qwen3") for kind in POLICIES),
+        *((kind, "gpt2") for kind in ("fold", "dmc", "attention")),
+        *((kind, "gemma2") for kind in ("dms", "window that grows", "attention")),
+        *((kind, "gemma3_text") for kind in ("fold", "dmc of 3", "window")),
+    ],
 )
 def test_policies(kind: str, family: str) -> None:
     """Chunks of prompts beside tokens of other rows: the tokens of the one-model wrapper."""
@@ -220,6 +228,8 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
         ("attention in prompts", "llama", 36),
         ("attention by coverage", "llama", 36),
         ("full", "gpt2", 51),
+        ("attention", "gemma2", 64),
+        ("dms", "gemma3_text", 44),
         ("fold", "gpt2", 42),
     ],
 )
@@ -447,15 +457,11 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "policy", "message"),
-    [
-        ("gemma2", Full(), "sliding-window"),
-        ("gemma3_text", Full(), "sliding-window"),
-        ("llama", Full(bits=8), "bits=8"),
-    ],
+    [("llama", Full(bits=8), "bits=8"), ("mistral", Full(), "sliding window of 20 tokens")],
 )
 def test_what_is_not_served(family: str, policy: Policy, message: str) -> None:
     """It is said by name, and the model is left as it was (see the fixture in conftest.py)."""
-    model = models.tiny(family, dtype=torch.float32)
+    model = models.tiny(family, dtype=torch.float32, **({"sliding_window": 20} if family == "mistral" else {}))
     with pytest.raises(UnsupportedError, match=message):
         EngineCore(model, policy, kv_memory="1MiB")
 

@@ -75,7 +75,7 @@ def test_no_bytes(text: Any) -> None:
 def policy_of(model: Any, kind: str) -> Policy:
     if kind == "attention":
         return AttentionScore(ratio=2.0, interval=2)
-    if kind in ("full", "gpt2", "window"):
+    if kind in ("full", "gpt2", "gemma2", "window"):
         return Window(budget=48) if kind == "window" else Full()
     learned = {"dms": (DMS, 4, None), "fold": (Fold, 4, None), "dmc": (DMC, 0, None), "dmc of 3": (DMC, 0, 3)}
     config, (cls, *rest) = model.config, learned[kind]
@@ -123,14 +123,14 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runner(request: pytest.FixtureRequest, no_kernels: None) -> Iterator[Runner]:
-    family = "gpt2" if request.param == "gpt2" else "llama"
+    family = request.param if request.param in models.FAMILIES else "llama"
     model = models.tiny(family, dtype=torch.float32)
     attached = Attached(model, policy_of(model, request.param), 16)
     yield Runner(attached, num_pages=64, num_seats=4, length=64, end_ids=(), eager=False)
     attached.close()
 
 
-@pytest.mark.parametrize("runner", ["full", "gpt2", "attention", "dms", "fold", "dmc"], indirect=True)
+@pytest.mark.parametrize("runner", ["full", "gpt2", "gemma2", "attention", "dms", "fold", "dmc"], indirect=True)
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "logprobs": 2}])
 def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step with prompts, one without, and one before which a row leaves; and moments of a policy."""
@@ -153,7 +153,7 @@ def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: 
             runner.launch(plan)
 
 
-@pytest.mark.parametrize("runner", ["full", "gpt2", "attention", "dms", "fold", "dmc"], indirect=True)
+@pytest.mark.parametrize("runner", ["full", "gpt2", "gemma2", "attention", "dms", "fold", "dmc"], indirect=True)
 def test_a_graph_could_hold_it(runner: Runner) -> None:
     """What is captured makes no tensor of numbers of the host, and leaves its results where they were."""
     before = {name: x.data_ptr() for name, x in vars(runner).items() if isinstance(x, Tensor)}
@@ -203,16 +203,18 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- memory
 
 
-@pytest.mark.parametrize("kind", ["full", "dms", "fold", "dmc", "dmc of 3", "window"])
+@pytest.mark.parametrize("kind", ["full", "gemma2", "attention", "dms", "fold", "dmc", "dmc of 3", "window"])
 @pytest.mark.parametrize("seats", [3, 8])
 def test_memory_is_not_exceeded(kind: str, seats: int) -> None:
     """The cache and all that belongs to it fill what was given to a page, and no more."""
-    model = models.tiny("llama", dtype=torch.float32)
-    memory = 300_001
+    model = models.tiny("gemma2" if kind == "gemma2" else "llama", dtype=torch.float32)
+    memory = 500_001 if kind in ("gemma2", "attention") else 300_001
     core = EngineCore(model, policy_of(model, kind), kv_memory=memory, max_num_seqs=seats, max_model_len=200)
     pool, works = core.runner.pool, [width.work for width in core.runner._widths.values()]
     page = accounting.page_bytes(pool.shape) + accounting.PAGE_OVERHEAD
-    taken = accounting.storage_bytes([pool, works])
+    observed = core.runner._observed
+    beside = None if core.runner._sliding is None else core.runner._sliding.ring, observed and observed.last
+    taken = accounting.storage_bytes([pool, works, beside])
     assert memory - page < taken <= memory
     fixed = sizes.fixed_bytes(core._attached.policy, core._attached.facts, seats, 200)
     assert taken == sum(fixed.values()) + pool.holders.numel() * page

@@ -60,11 +60,14 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ("window", "llama"),
         ("fold", "gpt2"),
         ("attention", "llama"),
+        ("fold", "gemma2"),
     ],
 )
 def test_answers(kind: str, family: str, request: pytest.FixtureRequest) -> None:
-    heads = {} if family == "gpt2" else {"num_attention_heads": 4}
-    model = models.tiny(family, dtype=torch.float32, num_hidden_layers=2, **heads)
+    changes: dict[str, Any] = {} if family == "gpt2" else {"num_attention_heads": 4}
+    if family == "gemma2":
+        changes |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+    model = models.tiny(family, dtype=torch.float32, num_hidden_layers=2, **changes)
     policy = policy_of(model, kind)
     prompts = {str(n): models.prompt(n, seed=n) for n in ((60, 5) if kind in ("window", "attention") else (23, 5))}
     with compress(model, policy):

@@ -10,7 +10,7 @@ from kvpleat.engine.attention import IMPLEMENTATION, Step, attention_forward
 from kvpleat.errors import AttachError, UnsupportedError
 from kvpleat.hf import adapters, borrowed
 from kvpleat.hf.attention import IMPLEMENTATION as OF_COMPRESS
-from kvpleat.hf.families import ModelFacts, attention_modules, decoder_layers, describe
+from kvpleat.hf.families import attention_modules, decoder_layers, describe
 from kvpleat.policies.base import Policy
 
 HOOK = -1  # one key in all modules: to torch.compile layers then look alike
@@ -33,7 +33,6 @@ class Attached:
     def __init__(self, model: nn.Module, policy: Policy, page_size: int, compile: bool = False) -> None:
         self.model: Any = model
         facts = describe(self.model, page_size)
-        refuse_model(facts)
         self.policy = borrowed.gates_for(self.model, facts, policy)
         self.facts = facts.stored_with(self.policy.fields, self.policy.bits)
         if model.training:
@@ -60,7 +59,8 @@ class Attached:
             self._handles = borrowed.register(self.facts, self.policy)
             if self.policy.delayed is not None:
                 self.policy.to_device(self.facts.device)
-                for module in attention_modules(self.facts):
+                modules = attention_modules(self.facts)
+                for module in (modules[layer] for layer in self.facts.layers):
                     module._forward_pre_hooks[HOOK] = self._ask  # what register_forward_pre_hook does, but for the key
                     module._forward_pre_hooks_with_kwargs[HOOK] = True
             for layer in decoder_layers(self.facts) if compile else ():
@@ -75,7 +75,8 @@ class Attached:
         step: Step | None = kwargs.get("kvpleat_step")
         if step is not None:  # without one the attention function says what is wrong
             layer = int(module.layer_idx)
-            step.said[layer] = self.policy.logits(layer, args[0] if args else kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            step.said[layer] = self.policy.logits(self.facts.layers.index(layer), hidden)
 
     def check(self) -> None:
         """Raise AttachError where somebody else took the model over."""
@@ -101,12 +102,3 @@ class Attached:
             self._merged = None
         if self.model.config._attn_implementation == IMPLEMENTATION:
             self.model.set_attn_implementation(self._original)
-
-
-def refuse_model(facts: ModelFacts) -> None:
-    """Refuse models whose layers are not all alike."""
-    if facts.sliding:
-        raise UnsupportedError(
-            f"{facts.family} with {len(facts.sliding)} sliding-window layers is not served by the engine yet: it has "
-            "one kind of pages. Use kvpleat.compress with transformers' generate()."
-        )

@@ -60,6 +60,8 @@ class Step:
 
     Args:
         policy: of the model. columns: pages of a stream that this step can reach, for those who read them all.
+        layers: of the model that follow the policy, by their place among these. sliding: the same tokens and prompts
+            for layers with a sliding window of their own.
 
     Attributes:
         said: what gates put out about all tokens, by layer: [outputs, 1, H, T]; empty where there are none.
@@ -69,6 +71,8 @@ class Step:
     tokens: Tokens | None
     prompts: Prompts | None
     columns: int
+    layers: dict[int, int]
+    sliding: tuple[Tokens | None, Prompts | None] = None, None
     said: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -100,19 +104,38 @@ def attention_forward(
         )
     step, layer = kvpleat_step, int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query = borrowed.clear(query, step.policy)[0]
-    logits = _said(step, layer)
-    count = 0 if step.tokens is None else step.tokens.active.shape[0]
+    place = step.layers.get(layer)
+    logits: Tensor | None
+    if place is None:
+        tokens, prompts = step.sliding
+        query, logits = query[0], query.new_ones((1, *key.shape[:3]), dtype=torch.float32)  # above 0: all are marked
+    else:
+        tokens, prompts = step.tokens, step.prompts
+        query, logits = borrowed.clear(query, step.policy)[0], _said(step, layer)
+        _observe(step, place, query)
+    count = 0 if tokens is None else tokens.active.shape[0]
     parts: list[Tensor] = []
-    if step.tokens is not None:
+    if tokens is not None:
         q, k, v = (x[:, :count].transpose(0, 1) for x in (query, key[0], value[0]))
         said = None if logits is None else logits[:, 0, :, :count].transpose(1, 2)
-        parts.append(_decode(step.tokens, layer, q, k, v, said, scale, softcap, step.columns))
-    if step.prompts is not None:
+        parts.append(_decode(tokens, layer, q, k, v, said, scale, softcap, step.columns))
+    if prompts is not None:
         q, k, v = (x[:, count:] for x in (query, key[0], value[0]))
         said = None if logits is None else logits[:, 0, :, count:]
-        parts.append(_prefill(step.prompts, layer, q, k, v, said, scale, softcap).transpose(0, 1))
+        parts.append(_prefill(prompts, layer, q, k, v, said, scale, softcap).transpose(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _observe(step: Step, place: int, query: Tensor) -> None:
+    """Remember queries [Q, T, D] of a layer, where the policy looks back at some."""
+    tokens, prompts, count = step.tokens, step.prompts, 0
+    if tokens is not None:
+        count = tokens.active.shape[0]
+        if tokens.last is not None:
+            goes_well = tokens.active & (tokens.pool.failed == 0)
+            remember(tokens.last, place, tokens.positions, goes_well, query[:, :count].transpose(0, 1))
+    if prompts is not None and prompts.watched is not None:
+        prompts.watched.see(place, query[:, count:])
 
 
 def _said(step: Step, layer: int) -> Tensor | None:
@@ -139,8 +162,6 @@ def _decode(
 ) -> Tensor:
     """One token of each seat: q [n, Q, D], k and v [n, H, D], said [outputs, n, H] -> [n, Q, D]."""
     pool = tokens.pool
-    if tokens.last is not None:
-        remember(tokens.last, layer, tokens.positions, tokens.active & (pool.failed == 0), q)
     if said is None:
         update.append(pool, layer, tokens.positions, tokens.active, k, v)
     else:
@@ -164,8 +185,6 @@ def _prefill(
 ) -> Tensor:
     """Chunks: q [Q, T, D], k and v [H, T, D], said [outputs, H, T] -> [Q, T, D]."""
     pool, chunks = prompts.pool, prompts.chunks
-    if prompts.watched is not None:
-        prompts.watched.see(layer, q)
     if said is None:
         past = extend.append(pool, layer, chunks, k, v)
         return prefill.attend(q, k, v, chunks.rows, past, prompts.recent, scale, softcap)

@@ -88,7 +88,7 @@ class Decisions:
             update.give_back(self._pool)
 
     def _decide(self, row: Row, seat: int, start: int, moment: int) -> None:
-        policy, shape, prompt = self._policy, self._pool.shape, row.prompt_size
+        policy, shape, prompt = self._policy, self._facts.shape, row.prompt_size
         since = self._calendar.last(prompt, start)
         layers: list[Held] = []
         for layer in range(shape.num_layers):
@@ -102,11 +102,11 @@ class Decisions:
         if moment >= prompt:
             self._compete(layers, moment)
         for layer, held in enumerate(layers):
-            self._apply(seat, layer, held)
+            self._apply(seat, self._facts.layers[layer], held)
 
     def _compete(self, layers: list[Held], moment: int) -> None:
         """Let layers compete, where they hold more than the row's budget."""
-        policy, shape = self._policy, self._pool.shape
+        policy, shape = self._policy, self._facts.shape
         over = policy.over_budget(torch.stack([held.keep.sum(1) for held in layers]), moment, shape)
         if over is False:
             return
@@ -121,7 +121,7 @@ class Decisions:
     def _read(self, row: Row, seat: int, layer: int, since: int, moment: int) -> tuple[Held, PolicyInput]:
         """One layer of one row, and what the policy sees of it."""
         pool, facts, prompt = self._pool, self._facts, row.prompt_size
-        held = self._held(seat, layer, moment)
+        held = self._held(seat, facts.layers[layer], moment)
         keys, values = (_entries(array, held.slots) for array in (pool.key, pool.value))
         queries: tuple[Tensor | None, Tensor | None] = (None, None)
         samples: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -133,7 +133,7 @@ class Decisions:
         return held, PolicyInput(
             position=moment,
             layer=layer,
-            shape=pool.shape,
+            shape=facts.shape,
             positions=held.positions,
             live=held.live,
             keys=keys,
@@ -148,12 +148,12 @@ class Decisions:
             scale=scale,
             softcap=softcap,
             rotary=facts.rotary,
-            layer_share=1 / pool.shape.num_layers,  # it changes where layers compete, and from then on they always do
+            layer_share=1 / facts.shape.num_layers,  # it changes where layers compete; from then on they always do
             competes=moment >= prompt,
         )
 
     def _held(self, seat: int, layer: int, most: int) -> Held:
-        """The entries of one layer of one row, `most` of a stream at most."""
+        """The entries of one row in one layer of the model, `most` of a stream at most."""
         pool, size = self._pool, self._pool.shape.page_size
         lengths = pool.lengths[seat, layer]
         index = torch.arange(most, device=lengths.device).expand(lengths.shape[0], -1)

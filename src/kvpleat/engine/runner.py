@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpleat.engine import windows
+from kvpleat.engine import sliding, windows
 from kvpleat.engine.attach import Attached
 from kvpleat.engine.attention import Prompts, Step, Tokens
 from kvpleat.engine.decisions import Decisions
@@ -45,9 +45,11 @@ class Launched(NamedTuple):
 
 @dataclass(frozen=True)
 class Width:
-    """What a step of n seats needs: their rows of the pool, and room to plan the work of attention."""
+    """What a step of n seats needs: their rows of the pool, also as sliding-window layers see them, and room to plan
+    the work of attention."""
 
     pool: DevicePool
+    sliding: DevicePool | None
     work: Work
 
 
@@ -71,7 +73,9 @@ class Runner:
     ) -> None:
         facts, device = attached.facts, attached.facts.device
         self.attached, self.device, self._end_ids = attached, device, end_ids
-        self.pool = new_pool(facts.shape, attached.policy.delayed, num_seats, num_pages, length, device)
+        self.pool = new_pool(sliding.whole(facts), attached.policy.delayed, num_seats, num_pages, length, device)
+        self._sliding = sliding.view(self.pool, facts, length)
+        self._layers = {layer: place for place, layer in enumerate(facts.layers)}
         self._observed, self._decisions = self._looking_back(num_seats)
         vocabulary: int = attached.model.config.vocab_size
         self.sampler = Sampler(num_seats, vocabulary, device)
@@ -94,13 +98,9 @@ class Runner:
         return observed, Decisions(policy, facts, self.pool, calendar, observed)
 
     def _width(self, n: int) -> Width:
-        pool, shape = self.pool, self.pool.shape
-        ring: Any = None if pool.ring is None else Ring(*(x if x is None else x[:n] for x in pool.ring))  # type: ignore[arg-type]
-        rows = replace(
-            pool, page_table=pool.page_table[:n], num_pages=pool.num_pages[:n], lengths=pool.lengths[:n],
-            row_pages=pool.row_pages[:n], ring=ring,
-        )  # fmt: skip
-        return Width(rows, decode.room(rows.lengths, shape.head_dim, shape.dtype, shape.page_size))
+        rows, shape = first_rows(self.pool, n), self.pool.shape
+        windows = None if self._sliding is None else first_rows(self._sliding, n)
+        return Width(rows, windows, decode.room(rows.lengths, shape.head_dim, shape.dtype, shape.page_size))
 
     # ---- a step
 
@@ -120,7 +120,8 @@ class Runner:
         else:
             self._decode(n, self._columns(plan))
         if self._decisions is None:
-            windows.slide(self._widths[n].pool, self.attached.policy, plan.feeds, self._sent)
+            policy, facts = self.attached.policy, self.attached.facts
+            windows.slide(self._widths[n].pool, policy, facts, plan.feeds, self._sent)
         else:
             self._decisions.after(plan.feeds)
         mode = self.sampler.mode
@@ -146,7 +147,7 @@ class Runner:
                 self._observed.forget(row)
         self._written.copy_(_pinned(torch.from_numpy(written), self.device), non_blocking=True)
         if plan.released:
-            update.release(self.pool, self._written[RELEASED, : len(plan.released)])
+            self._empty(self._written[RELEASED, : len(plan.released)])
         if plan.clear:
             self.pool.failed.zero_()
 
@@ -157,8 +158,14 @@ class Runner:
             self.sampler.unseat(seat)
         if self._observed is not None:
             self._observed.forget_all()
-        update.release(self.pool, self._seats.int())
+        self._empty(self._seats.int())
         self.pool.failed.zero_()
+
+    def _empty(self, seats: Tensor) -> None:
+        """Release rows, and what sliding-window layers remember of them."""
+        update.release(self.pool, seats)
+        if self._sliding is not None:
+            update.release(self._sliding, seats)
 
     @torch.inference_mode()
     def _decode_by_graph(self, n: int) -> None:
@@ -166,18 +173,19 @@ class Runner:
 
     def _decode(self, n: int, columns: int) -> None:
         """One token of every active seat: what a CUDA graph holds."""
-        step = Step(self.attached.policy, self._tokens(n), None, columns)
+        tokens, own = self._tokens(n)
+        step = Step(self.attached.policy, tokens, None, columns, self._layers, (own, None))
         self._logits[:n] = self._forward(step, self._next[:n], self._written[POSITIONS, :n], None)
 
     def _mixed(self, n: int, plan: Plan) -> None:
         """Chunks of prompts, behind the tokens of all seats if there are any."""
         policy, pool, facts = self.attached.policy, self.pool, self.attached.facts
-        starts, counts = [feed.start for feed in plan.chunks], [feed.size for feed in plan.chunks]
-        chunks = extend.plan(pool, [feed.seat for feed in plan.chunks], starts, counts, facts.rotary)
+        lie = [x.seat for x in plan.chunks], [x.start for x in plan.chunks], [x.size for x in plan.chunks]
+        chunks = extend.plan(pool, *lie, facts.rotary)
         ids, positions, last = (self._sent(x) for x in packed(plan, n))
-        tokens = None
+        tokens = own = in_windows = None
         if plan.tokens:
-            tokens = self._tokens(n)
+            tokens, own = self._tokens(n)
             ids = torch.cat([self._next[:n], ids])
             positions = torch.cat([self._written[POSITIONS, :n], positions])
         extend.reserve(pool, chunks)
@@ -185,21 +193,27 @@ class Runner:
         watched = None
         if self._observed is not None:
             watched = self._observed.watch(plan.chunks, pool.failed, self._sent)
-        step = Step(policy, tokens, Prompts(pool, chunks, recent, watched), self._columns(plan))
+        if self._sliding is not None:
+            in_windows = Prompts(self._sliding, extend.plan(self._sliding, *lie), None)
+        prompts = Prompts(pool, chunks, recent, watched)
+        step = Step(policy, tokens, prompts, self._columns(plan), self._layers, (own, in_windows))
         self._logits[:n] = self._forward(step, ids, positions, last)
         update.give_back(pool)
 
-    def _tokens(self, n: int) -> Tokens:
-        """The tokens of the first n seats, with pages and work planned for them."""
+    def _tokens(self, n: int) -> tuple[Tokens, Tokens | None]:
+        """The tokens of the first n seats, with pages and work planned for them; and the same for sliding-window
+        layers."""
         rows, facts, delay = self._widths[n], self.attached.facts, self.pool.delay
         positions, active = self._written[POSITIONS, :n], self._written[ACTIVE, :n] != 0
         decode.plan(rows.work, rows.pool.lengths, active)
-        update.reserve_token(rows.pool, positions, active)
+        # The policy's layers may then get a page that they need later only; those with a window know that they do not.
+        update.reserve_token(rows.pool if rows.sliding is None else rows.sliding, positions, active)
         turn = None
         if delay is not None and delay.merges and facts.rotary is not None:
             turn = reference.turn(positions - delay.tokens, facts.rotary, torch.float32)
         last = None if self._observed is None else self._observed.last[:n]
-        return Tokens(rows.pool, positions, active, rows.work, turn, last)
+        own = None if rows.sliding is None else Tokens(rows.sliding, positions, active, rows.work, None)
+        return Tokens(rows.pool, positions, active, rows.work, turn, last), own
 
     def _forward(self, step: Step, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         """Logits [n, V] after tokens ids [T] at positions [T]; last: [n] where those of each seat end; None: all."""
@@ -260,6 +274,15 @@ class Runner:
     def close(self) -> None:
         """Let go of graphs, which hold on to the memory of their tensors."""
         self._graphs.clear()
+
+
+def first_rows(pool: DevicePool, n: int) -> DevicePool:
+    """The first n rows of a pool, of which they are a part."""
+    ring: Any = None if pool.ring is None else Ring(*(x if x is None else x[:n] for x in pool.ring))  # type: ignore[arg-type]
+    return replace(
+        pool, page_table=pool.page_table[:n], num_pages=pool.num_pages[:n], lengths=pool.lengths[:n],
+        row_pages=pool.row_pages[:n], ring=ring,
+    )  # fmt: skip
 
 
 def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 import functools
 import re
+from collections.abc import Callable
 
 import torch
 
 from kvpleat import accounting
 from kvpleat.cache.memory import physical_memory
+from kvpleat.engine import sliding
 from kvpleat.engine.moments import Calendar, decides
 from kvpleat.engine.rows import Limits
 from kvpleat.errors import OptionError, OutOfMemoryError
@@ -14,6 +16,7 @@ from kvpleat.hf.families import ModelFacts
 from kvpleat.kernels import decode
 from kvpleat.kernels.device_pool import pool_bytes
 from kvpleat.policies.base import Policy
+from kvpleat.types import KVShape
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -96,10 +99,11 @@ def ladder(most: int) -> list[int]:
 
 def fixed_bytes(policy: Policy, facts: ModelFacts, seats: int, length: int) -> dict[str, int]:
     """Bytes of what the cache needs on the device beside its pages, by what it is."""
-    found = pool_bytes(facts.shape, policy.delayed, seats, 0, length)[1]
-    work = sum(decode.room_bytes(n, facts.shape, facts.device) for n in ladder(seats))
+    found = pool_bytes(sliding.whole(facts), policy.delayed, seats, 0, length)[1]
+    work = sum(decode.room_bytes(n, sliding.whole(facts), facts.device) for n in ladder(seats))
     queries = seats * accounting.query_bytes(facts.shape, policy.observation_window)
-    return {**found, "work lists of attention": work, "remembered queries": queries}
+    windows = sliding.fixed_bytes(facts, seats, length)
+    return {**found, "work lists of attention": work, "remembered queries": queries, "sliding windows": windows}
 
 
 def limits(
@@ -110,7 +114,7 @@ def limits(
     Raises:
         OptionError: not even one sequence of `length` tokens is expected to fit.
     """
-    shape, memory = facts.shape, memory_for(kv_memory, facts.device)
+    shape, memory = sliding.whole(facts), memory_for(kv_memory, facts.device)
     most = seats * shape.num_streams * -(-length // shape.page_size)  # all that could ever be used
     fixed, page = fixed_bytes(policy, facts, seats, length), pool_bytes(shape, policy.delayed, 0, 1, 0)[0]
     found = Limits(
@@ -120,9 +124,9 @@ def limits(
         pages=min(max(0, memory - sum(fixed.values())) // page, most),
         page_size=shape.page_size,
         streams=shape.num_streams,
-        expected=functools.cache(lambda tokens: policy.expected_entries(tokens, shape)),
-        peak=functools.cache(lambda tokens: policy.peak_entries(tokens, shape)),
-        calendar=Calendar(policy, shape) if decides(policy, shape) else None,
+        expected=_over_all_layers(policy.expected_entries, facts),
+        peak=_over_all_layers(policy.peak_entries, facts),
+        calendar=Calendar(policy, facts.shape) if decides(policy, facts.shape) else None,
     )
     needed = min(max(found.pages_for(length), found.peak_pages(length)) + shape.num_streams, most)
     if found.pages < needed:
@@ -135,3 +139,8 @@ def limits(
             "max_model_len, or a policy that keeps less."
         )
     return found
+
+
+def _over_all_layers(entries: Callable[[int, KVShape], float], facts: ModelFacts) -> Callable[[int], float]:
+    """Entries of a stream by tokens, mean over all layers, of what a policy says about those that it sees."""
+    return functools.cache(lambda tokens: sliding.mean_entries(facts, entries(tokens, facts.shape), tokens))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpleat.engine.rows import Feed
+from kvpleat.hf.families import ModelFacts
 from kvpleat.kernels import update
 from kvpleat.kernels.device_pool import DevicePool
 from kvpleat.kernels.prefill import Recent
@@ -30,16 +31,18 @@ def seen(
     return None if starts is None else Recent(sent(starts.int()), first, policy.num_sinks)
 
 
-def slide(pool: DevicePool, policy: Policy, feeds: Sequence[Feed], sent: Callable[[Tensor], Tensor]) -> None:
+def slide(
+    pool: DevicePool, policy: Policy, facts: ModelFacts, feeds: Sequence[Feed], sent: Callable[[Tensor], Tensor]
+) -> None:
     """After a step: evict what is not visible any more of rows that came to a moment.
 
     Args:
         pool: the rows of the step. feeds: all of it. sent: brings a tensor to the device.
     """
-    come = {feed: moment for feed in feeds if (moment := _moment(policy, pool.shape, feed))}
+    come = {feed: moment for feed in feeds if (moment := _moment(policy, facts.shape, feed))}
     if not come:
         return
-    starts = policy.visible_from(torch.tensor([*come.values(), *(feed.start for feed in come)]), pool.shape)
+    starts = policy.visible_from(torch.tensor([*come.values(), *(feed.start for feed in come)]), facts.shape)
     assert starts is not None, "refused where a policy has moments and no window"
     after, before = starts.view(2, -1).tolist()
     # What a row holds now: the window before its first new token, which that token saw, and the new ones.
@@ -50,7 +53,7 @@ def slide(pool: DevicePool, policy: Policy, feeds: Sequence[Feed], sent: Callabl
         told[0, feed.seat], told[1, feed.seat] = 1, start
     active, start = sent(told)
     active = active != 0
-    for layer in range(pool.shape.num_layers):
+    for layer in facts.layers:
         pages = pool.page_table[:, layer, :, :columns].clamp(min=0).long()
         position = pool.arrays["position"][pages].flatten(2)
         keep = (position >= start[:, None, None]) | (position < policy.num_sinks)

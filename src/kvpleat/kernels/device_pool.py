@@ -122,7 +122,7 @@ def new_pool(
         num_pages=ints(*streams),
         lengths=ints(*streams),
         row_pages=ints(num_rows),
-        ring=None if delay is None else _new_ring(shape, delay, num_rows, device),
+        ring=None if delay is None else new_ring(shape, delay, num_rows, device),
     )
 
 
@@ -150,7 +150,13 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
 
 
-def _new_ring(shape: KVShape, delay: Delay, num_rows: int, device: torch.device) -> Ring:
+def ring_bytes(shape: KVShape, delay: Delay, num_rows: int) -> int:
+    """Bytes of a ring, exactly."""
+    return _bytes(*new_ring(shape, delay, num_rows, torch.device("meta")))
+
+
+def new_ring(shape: KVShape, delay: Delay, num_rows: int, device: torch.device) -> Ring:
+    """An empty ring for so many rows."""
     streams = (shape.num_layers, shape.num_kv_heads)
 
     def ring(fill: float, dtype: torch.dtype) -> Tensor:
