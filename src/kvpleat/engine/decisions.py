@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpleat.engine.moments import Calendar
+from kvpleat.engine.moments import Calendar, decides
 from kvpleat.engine.observed import Observed
 from kvpleat.engine.rows import Feed, Row
 from kvpleat.hf.families import ModelFacts
@@ -62,6 +62,17 @@ class Held:
                 log_weights=torch.where(torch.as_tensor(holds), decision.log_weights, self.log_weights),
             )
         self.log_weights, self.merging = decision.log_weights, (decision, before)
+
+
+def looking_back(policy: Policy, facts: ModelFacts, pool: DevicePool) -> "tuple[Observed | None, Decisions | None]":
+    """What a policy that decides at moments needs; nothing for others."""
+    if not decides(policy, facts.shape):
+        return None, None
+    calendar, observed = Calendar(policy, facts.shape), None
+    if policy.observation_window:
+        seats = pool.lengths.shape[0]
+        observed = Observed(facts.shape, seats, policy.observation_window, calendar, pool.key.device)
+    return observed, Decisions(policy, facts, pool, calendar, observed)
 
 
 class Decisions:

@@ -8,7 +8,7 @@ runs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,17 +18,15 @@ from torch import Tensor
 from kvpleat.engine import sliding, windows
 from kvpleat.engine.attach import Attached
 from kvpleat.engine.attention import Prompts, Step, Tokens
-from kvpleat.engine.decisions import Decisions
+from kvpleat.engine.decisions import looking_back
 from kvpleat.engine.graphs import Graphs
-from kvpleat.engine.moments import Calendar, decides
-from kvpleat.engine.observed import Observed
 from kvpleat.engine.params import TokenLogprobs
-from kvpleat.engine.rows import Counters, Feed, Plan, Row
-from kvpleat.engine.sampling import Mode, Sampled, Sampler
+from kvpleat.engine.rows import Counters, Feed, Plan
+from kvpleat.engine.sampling import Mode, Sampled, Sampler, record
 from kvpleat.engine.sizes import ladder
 from kvpleat.kernels import decode, extend, reference, update
 from kvpleat.kernels.decode import Work
-from kvpleat.kernels.device_pool import DevicePool, Ring, new_pool
+from kvpleat.kernels.device_pool import DevicePool, first_rows, new_pool
 
 POSITIONS, ACTIVE, NUMBERS, DRAWS, RELEASED = range(5)  # lines of what the host writes
 
@@ -76,7 +74,7 @@ class Runner:
         self.pool = new_pool(sliding.whole(facts), attached.policy.delayed, num_seats, num_pages, length, device)
         self._sliding = sliding.view(self.pool, facts, length)
         self._layers = {layer: place for place, layer in enumerate(facts.layers)}
-        self._observed, self._decisions = self._looking_back(num_seats)
+        self._observed, self._decisions = looking_back(attached.policy, facts, self.pool)
         vocabulary: int = attached.model.config.vocab_size
         self.sampler = Sampler(num_seats, vocabulary, device)
         self._written = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
@@ -87,15 +85,6 @@ class Runner:
         self._widths = {n: self._width(n) for n in ladder(num_seats)}
         for n in reversed(self._widths):  # the largest first: the others fit into its memory
             self._decode_by_graph(n)  # no seat is active, so nothing happens
-
-    def _looking_back(self, num_seats: int) -> tuple[Observed | None, Decisions | None]:
-        """What a policy that decides at moments needs."""
-        policy, facts = self.attached.policy, self.attached.facts
-        if not decides(policy, facts.shape):
-            return None, None
-        calendar, window = Calendar(policy, facts.shape), policy.observation_window
-        observed = Observed(facts.shape, num_seats, window, calendar, self.device) if window else None
-        return observed, Decisions(policy, facts, self.pool, calendar, observed)
 
     def _width(self, n: int) -> Width:
         rows, shape = first_rows(self.pool, n), self.pool.shape
@@ -249,7 +238,7 @@ class Runner:
             self._observed.settle(launched.plan.feeds)
         held, tokens = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         drawn = [
-            (feed, tokens[feed.seat], _logprobs(launched.sampled, feed.row, feed.seat))
+            (feed, tokens[feed.seat], record(launched.sampled, feed.row.request.params.logprobs, feed.seat))
             for feed in launched.plan.feeds
             if feed.draws
         ]
@@ -276,15 +265,6 @@ class Runner:
         self._graphs.clear()
 
 
-def first_rows(pool: DevicePool, n: int) -> DevicePool:
-    """The first n rows of a pool, of which they are a part."""
-    ring: Any = None if pool.ring is None else Ring(*(x if x is None else x[:n] for x in pool.ring))  # type: ignore[arg-type]
-    return replace(
-        pool, page_table=pool.page_table[:n], num_pages=pool.num_pages[:n], lengths=pool.lengths[:n],
-        row_pages=pool.row_pages[:n], ring=ring,
-    )  # fmt: skip
-
-
 def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and positions [T] of the chunks, one after the other, and [n] the last token of each seat in the batch: 0
     where none is drawn."""
@@ -308,16 +288,3 @@ def _to_host(x: Tensor) -> Tensor:
     """A copy on the host, without waiting for it."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
     return host.copy_(x, non_blocking=True)
-
-
-def _logprobs(sampled: Sampled | None, row: Row, seat: int) -> TokenLogprobs | None:
-    """What a row asked for of what all get."""
-    wanted = row.request.params.logprobs
-    if sampled is None or wanted is None:
-        return None
-    assert sampled.ids is not None
-    assert sampled.logprobs is not None
-    assert sampled.ranks is not None
-    count = sampled.ids.shape[1] if wanted == -1 else wanted + 1
-    ids, logprobs = (tuple(x[seat, :count].tolist()) for x in (sampled.ids, sampled.logprobs))
-    return TokenLogprobs(ids, logprobs, int(sampled.ranks[seat]))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpleat.engine.params import SamplingParams
+from kvpleat.engine.params import SamplingParams, TokenLogprobs
 from kvpleat.errors import OptionError
 from kvpleat.kernels.sampling import MAX_VOCAB, highest, least_score, mix, race, signed
 
@@ -219,3 +219,15 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, count: int) -> Sampled:
     logprobs = torch.cat([own, top.values], dim=1) - raw.logsumexp(-1, keepdim=True)
     ranks = 1 + (raw > own).sum(-1)
     return Sampled(tokens, torch.cat([tokens[:, None], top.indices], dim=1), logprobs.float(), ranks)
+
+
+def record(sampled: Sampled | None, wanted: int | None, seat: int) -> TokenLogprobs | None:
+    """What a row asked for of what all get, on the host."""
+    if sampled is None or wanted is None:
+        return None
+    assert sampled.ids is not None
+    assert sampled.logprobs is not None
+    assert sampled.ranks is not None
+    count = sampled.ids.shape[1] if wanted == -1 else wanted + 1
+    ids, logprobs = (tuple(x[seat, :count].tolist()) for x in (sampled.ids, sampled.logprobs))
+    return TokenLogprobs(ids, logprobs, int(sampled.ranks[seat]))

@@ -4,7 +4,7 @@
 kvpleat.types, and M: pages that a stream may have.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -177,6 +177,15 @@ def new_ring(shape: KVShape, delay: Delay, num_rows: int, device: torch.device) 
         torch.zeros(num_rows, *streams, known, room, device=device)[..., :width],
         torch.zeros(num_rows, *streams, 0 if delay.look_back is None else known, device=device),
     )
+
+
+def first_rows(pool: DevicePool, n: int) -> DevicePool:
+    """The first n rows of a pool, of which they are a part."""
+    ring: Any = None if pool.ring is None else Ring(*(x if x is None else x[:n] for x in pool.ring))  # type: ignore[arg-type]
+    return replace(
+        pool, page_table=pool.page_table[:n], num_pages=pool.num_pages[:n], lengths=pool.lengths[:n],
+        row_pages=pool.row_pages[:n], ring=ring,
+    )  # fmt: skip
 
 
 def check_integrity(pool: DevicePool) -> None:
