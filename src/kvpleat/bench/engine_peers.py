@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kvpleat.bench.engine_models import policy_for, profile
 from kvpleat.bench.engine_report import Bench, Column
-from kvpleat.bench.engine_state import Watch, new_core, random_request, timed
+from kvpleat.bench.engine_state import OTHERS, Watch, new_core, random_request, timed
 from kvpleat.errors import PeerError
 from kvpleat.hf.families import describe
 from kvpleat.policies import DMC, DMS
@@ -23,8 +24,8 @@ SHAPE = "llama-3-8b"
 CASES = "1x2048,32x2048,8x8192,64x512"  # as many as there is time for in a call
 TINY_CASES = "1x24,3x40"
 ANSWER, TINY_ANSWER = 128, 8
-PEER_SECONDS = 90.0  # of a peer in a case, its compilation included
-ROWS_AT_ONCE = 65_536  # tokens of prompts that a peer computes at once, in pieces where there are more
+PEER_SECONDS = 120.0  # of a peer in a case, its compilation included
+TOKENS_AT_ONCE = 65_536  # tokens of prompts that a peer computes at once, in pieces where there are more
 
 Case = tuple[int, int]  # rows, and tokens of each
 Prompts = Sequence[Sequence[int]]
@@ -101,7 +102,7 @@ def _engine_cases(
     core = new_core(bench, model, policy, int(0.95 * bench.room()), most, longest + _answer(bench) + 1)
 
     def measure(case: Case) -> dict[str, Any]:
-        engine_times(core, *case, 1)  # compiles kernels, if there are any to compile
+        engine_times(core, *case, 1, first=OTHERS)  # compiles kernels, if there are any to compile
         times, held = engine_times(core, *case, _answer(bench))
         if ratio == 1:
             ours[case] = times
@@ -114,10 +115,12 @@ def _engine_cases(
         core.close()
 
 
-def engine_times(core: Any, rows: int, tokens: int, answer: int) -> tuple[Times, float]:
-    """Prompts that come all at once, greedy; and the ratio when most was held."""
+def engine_times(core: Any, rows: int, tokens: int, answer: int, first: int = 0) -> tuple[Times, float]:
+    """Prompts that come all at once, greedy, from number `first` on; and the ratio when most was held."""
     vocabulary, watch = core.runner.sampler.vocab_size, Watch(core)
-    requests = [random_request(number, tokens, answer, vocabulary, greedy=True) for number in range(rows)]
+    requests = [
+        random_request(number, tokens, answer, vocabulary, greedy=True) for number in range(first, first + rows)
+    ]
     came: dict[str, list[float]] = {request.id: [] for request in requests}
     start = time.perf_counter()
     try:
@@ -152,8 +155,8 @@ def _beside(bench: Bench, model: Any, peer: Peer, prompts: Prompts, ours: Times 
 def _generate(bench: Bench, model: Any, prompts: Prompts, answer: int, **options: Any) -> Times:
     """generate(), whose rows go in step: an answer of one token is the time until all decode."""
     ids = torch.tensor(prompts, device=bench.device)
-    if ids.numel() > ROWS_AT_ONCE and "cache_implementation" not in options:
-        options["prefill_chunk_size"] = ROWS_AT_ONCE // ids.shape[0]
+    if ids.numel() > TOKENS_AT_ONCE and "cache_implementation" not in options:
+        options["prefill_chunk_size"] = TOKENS_AT_ONCE // ids.shape[0]
 
     def run(count: int) -> float:
         config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0, **options)
@@ -183,12 +186,16 @@ def _continuous(bench: Bench, model: Any, prompts: Prompts, answer: int) -> Time
     """generate_batch(), by the times it notes itself: its graphs are captured before."""
     config = GenerationConfig(max_new_tokens=answer, do_sample=False, pad_token_id=0, eos_token_id=-1)
     small = {"num_blocks": 16, "max_batch_tokens": 256} if bench.device.type == "cpu" else {}
-    results = model.generate_batch(
-        inputs=[list(prompt) for prompt in prompts],
-        generation_config=config,
-        continuous_batching_config=ContinuousBatchingConfig(**small),
-        record_timestamps=True,
-    )
+    before = model.config._attn_implementation
+    try:
+        results = model.generate_batch(
+            inputs=[list(prompt) for prompt in prompts],
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(**small),
+            record_timestamps=True,
+        )
+    finally:
+        model.set_attn_implementation(before)  # which it leaves as it was only where all goes well
     done = list(results.values())
     wrong = next((result.error for result in done if result.error), None)
     if len(done) < len(prompts) or wrong:
@@ -239,7 +246,8 @@ def _first_token(
     stays = profile(ratio, tokens, shape.num_layers, shape.num_kv_heads, merges=method is DMC)
     core = new_core(bench, model, policy_for(model, stays, method), int(0.95 * bench.room()), 1, tokens + 2)
     try:
-        seconds = _median(lambda: engine_times(core, 1, tokens, 1))
+        number = itertools.count(OTHERS)
+        seconds = _median(lambda: engine_times(core, 1, tokens, 1, next(number)))
         ratio = engine_times(core, 1, tokens, 2)[1]
     finally:
         core.close()

@@ -11,7 +11,7 @@ import torch
 from kvpleat.accounting import human_bytes, page_bytes
 from kvpleat.bench.engine_models import policy_for, profile
 from kvpleat.bench.engine_report import Bench, Column
-from kvpleat.bench.engine_state import Watch, new_core, random_request
+from kvpleat.bench.engine_state import OTHERS, Watch, new_core, random_request
 from kvpleat.engine.params import Request
 from kvpleat.hf.families import describe
 
@@ -40,10 +40,15 @@ class Workload:
 
 
 def workload(
-    count: int, vocabulary: int, rate: float | None, prompts: tuple[int, int], answers: tuple[int, int]
+    count: int,
+    vocabulary: int,
+    rate: float | None,
+    prompts: tuple[int, int],
+    answers: tuple[int, int],
+    first: int = 0,
 ) -> Workload:
     """Lengths drawn evenly by their logarithm, arrivals by a Poisson process; rate: requests a second, None: all at
-    once. The same requests whatever the rate."""
+    once; first: number of the first prompt. The same requests whatever the rate."""
     generator = torch.Generator().manual_seed(0)
 
     def lengths(least: int, most: int) -> list[int]:
@@ -53,7 +58,7 @@ def workload(
     sizes = zip(lengths(*prompts), lengths(*answers), strict=True)
     gaps = torch.empty(count).exponential_(generator=generator)
     arrivals = [0.0] * count if rate is None else (gaps.cumsum(0) / rate).tolist()
-    return Workload([random_request(i, *size, vocabulary) for i, size in enumerate(sizes)], arrivals)
+    return Workload([random_request(i, *size, vocabulary) for i, size in enumerate(sizes, first)], arrivals)
 
 
 def serve(bench: Bench) -> None:
@@ -75,21 +80,21 @@ class Service:
         self.rate, self.before = bench.rate, None  # type: float | None, float | None
         self.prompts, self.answers = ((8, 100), (4, 12)) if bench.tiny else (PROMPTS, ANSWERS)
 
-    def load(self, count: int, rate: float | None) -> Workload:
+    def load(self, count: int, rate: float | None = None, first: int = OTHERS) -> Workload:
         """A workload of this service."""
-        return workload(count, self.model.config.vocab_size, rate, self.prompts, self.answers)
+        return workload(count, self.model.config.vocab_size, rate, self.prompts, self.answers, first)
 
     def measure(self, ratio: float) -> dict[str, Any]:
         """All requests, at one ratio."""
         core, tiny = self._core(ratio), self.bench.tiny
         try:
-            run(core, self.load(2, None))  # compiles kernels
+            run(core, self.load(2))  # compiles kernels
             if self.rate is None:
-                self.rate = BEYOND * run(core, self.load(6 if tiny else TRIED, None))["requests_per_s"]
+                self.rate = BEYOND * run(core, self.load(6 if tiny else TRIED, first=2 * OTHERS))["requests_per_s"]
                 print(
                     f"{self.rate:.2f} requests a second come, {BEYOND:g} times what ratio {ratio:g} takes", flush=True
                 )
-            found = run(core, self.load(12 if tiny else REQUESTS, self.rate))
+            found = run(core, self.load(12 if tiny else REQUESTS, self.rate, first=0))
         finally:
             core.close()
         self.before = found["tokens_per_s"] if ratio == 1 else self.before

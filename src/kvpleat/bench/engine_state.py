@@ -30,6 +30,7 @@ from kvpleat.kernels import update
 from kvpleat.kernels.device_pool import DevicePool, pool_bytes
 
 ANSWER = 512  # tokens: more than are decoded before the clock starts and while it runs
+OTHERS = 2**20  # number of the first prompt of those that only warm up: pages of prompts may be shared
 BATCHED = 2**20  # tokens of a step that only seems to feed prompts
 WARM_UPS, STEPS = 3, 16  # few: rows are sure to find pages for AHEAD tokens
 BOOKKEEPING = ("count", "share", "settle", "append", "step", "plan")  # kernels, in update_*_triton and decode_*_triton
