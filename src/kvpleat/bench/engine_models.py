@@ -38,7 +38,7 @@ def _gpt2(layers: int, hidden: int, heads: int, vocab: int = 50257, positions: i
 
 SHAPES: dict[str, Any] = {
     "llama-3-8b": _llama(32, 4096, 32, 8, 14336, 128256),
-    "llama-3.2-3b": _llama(28, 3072, 24, 8, 8192, 128256, tied=True),
+    "llama-3.2-1b": _llama(16, 2048, 32, 8, 8192, 128256, tied=True),
     "llama-2-7b": _llama(32, 4096, 32, 32, 11008, 32000),
     "gpt2-124m": _gpt2(12, 768, 12),
     "gpt2-1.5b": _gpt2(48, 1600, 25),

@@ -15,9 +15,9 @@ from kvpleat.bench.engine_state import OTHERS, Watch, new_core, random_request
 from kvpleat.engine.params import Request
 from kvpleat.hf.families import describe
 
-SHAPE = "llama-3.2-3b"
+SHAPE = "llama-3.2-1b"
 REQUESTS, PROMPTS, ANSWERS = 512, (256, 16_384), (32, 512)
-MEMORY = 8 * 2**30
+MEMORY = 5 * 2**29
 SEATS, STEP_TOKENS = 192, 2048
 TRIED = 128  # requests that come at once, to see how many a second ratio 1 can take
 BEYOND = 1.5  # times as many come

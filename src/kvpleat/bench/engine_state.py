@@ -7,6 +7,7 @@ on it decodes as ever.
 
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -52,8 +53,10 @@ def fitting(policy: Any, model: Any, tokens: int, memory: int, page_size: int) -
     length = min(tokens + ANSWER, describe(model).max_positions)
     page = pool_bytes(shape, policy.delayed, 0, 1, 0)[0]
     row = sum(pool_bytes(shape, policy.delayed, 1, 0, length)[1].values())
-    pages = shape.num_streams * -(-int(policy.expected_entries(tokens + AHEAD, shape)) // page_size)
-    return max(1, memory // (pages * page + row))
+    entries = policy.expected_entries(tokens + AHEAD, shape)
+    each = entries / page_size + 0.5 if policy.delayed is not None else math.ceil(entries / page_size)  # as Limits does
+    pages = math.ceil(shape.num_streams * each)
+    return max(1, int(memory // (pages * page + row)))
 
 
 def random_request(number: int, tokens: int, answer: int, vocabulary: int, greedy: bool = False) -> Request:

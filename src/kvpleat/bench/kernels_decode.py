@@ -134,7 +134,7 @@ def _graph(here: Machine) -> Checked:
 def _timed_cases(device: torch.device) -> Iterator[tuple[str, Model, Callable[[int], Tensor], float]]:
     """Name, model, lengths for so many layers, and about how many entries a layer has."""
     llama3, llama2, smollm2 = Model(32, 8, 4, 128), Model(16, 32, 1, 128), Model(64, 3, 3, 64, 16)
-    one = Model(1, 8, 4, 128)
+    one, short = Model(1, 8, 4, 128), Model(2000, 12, 1, 64, 16)
 
     def ragged(model: Model, mean: float, longest: int = CONTEXT) -> tuple[Callable[[int], Tensor], float]:
         rows, heads = model.rows, model.heads
@@ -154,6 +154,8 @@ def _timed_cases(device: torch.device) -> Iterator[tuple[str, Model, Callable[[i
     yield "1 row, 128k / 8", one, *ragged(one, 2**17 / 8, 2**17)
     yield "1 row, 32k / 8", one, *ragged(one, 2**15 / 8, 2**15)
     yield "D 64, G 3, 64 rows, mean 8192/4", smollm2, *ragged(smollm2, CONTEXT / 4)
+    measured, share = (lambda layers: as_measured(2000, layers, 12, device, 768)), 0.24
+    yield "D 64, G 1, 2,000 rows of 768, as measured", short, measured, 2000 * 12 * 768 * share
     yield "dense, 32 x 8 x 1024", llama3, *even(llama3, 1024)
     yield "empty: what a call costs", llama3, *even(llama3, 0)
 
@@ -214,43 +216,42 @@ def _sdpa(here: Machine, pool: Pool) -> str:
     )
 
 
+SWEPT = (
+    "ragged, mean 8192/8",
+    "1 row, 32k / 8",
+    "D 64, G 3, 64 rows, mean 8192/4",
+    "D 64, G 1, 2,000 rows of 768, as measured",
+)
+
+
 def sweep(here: Machine) -> Iterator[str]:
-    """Tiles, warps, stages and programs on the dense and the ragged cases: all of them, then the best of each case and
-    on average."""
+    """Tiles, warps, stages and programs on the cases that differ most: all of them, then the best of each case."""
     from triton.runtime.errors import OutOfResources
 
     here = replace(here, quick=True)
-    pools: dict[str, Pool] = {}
-    for name, model, lengths, entries in itertools.islice(_timed_cases(here.device), 3):
-        pools[name] = Pool(model, lengths(_layers(model, entries)))
-    shares: dict[Launch, dict[str, float]] = {}
+    for name, model, lengths, entries in _timed_cases(here.device):
+        if name not in SWEPT:
+            continue
+        pool = Pool(model, lengths(_layers(model, entries)))
+        shares: dict[Launch, float] = {}
 
-    def attempt(launch: Launch) -> str:
-        got = {}
-        for name, pool in pools.items():
+        def attempt(launch: Launch, pool: Pool = pool, shares: dict[Launch, float] = shares) -> None:
             work = room(pool, launch)
             decode.plan(work, pool.lengths)
-            got[name] = pool.read / here.seconds(_calls(pool, work)) / here.bandwidth
-        shares[launch] = got
-        return f"  {tuple(launch)} " + " ".join(f"{share:.1%}" for share in got.values())
+            shares[launch] = pool.read / here.seconds(_calls(pool, work)) / here.bandwidth
 
-    yield f"of a copy's bandwidth, with (tile, warps, stages, programs, early): {', '.join(pools)}"
-    for tile, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4, 5)):
-        if not 8 <= tile // warps <= 32:
-            continue  # warps without work, or with more than their registers hold
-        with suppress(OutOfResources):  # too many stages for the shared memory
-            for programs in (1, 2, 3, 4):
-                yield attempt(Launch(tile, warps, stages, programs))
-    if torch.cuda.get_device_capability(here.device) >= (9, 0):
-        for launch in sorted(shares, key=lambda launch: -sum(shares[launch].values()))[:4]:
-            yield attempt(launch._replace(early=True))
-    for name in [*pools, "mean"]:
-        of = {launch: sum(got.values()) / len(got) if name == "mean" else got[name] for launch, got in shares.items()}
-        best = sorted(of, key=lambda launch: -of[launch])[:8]
-        yield f"best: {name}"
-        yield from (f"  {of[launch]:.1%} {tuple(launch)}" for launch in best)
-    default = decode.launch_for(128, torch.bfloat16, 32)
-    yield f"launch_for says {tuple(default)}"
+        for tile, warps, stages in itertools.product((32, 64, 128), (2, 4), (2, 3)):
+            with suppress(OutOfResources):  # too many stages for the shared memory
+                for programs in (2, 3, 4, 6, 8):
+                    attempt(Launch(tile, warps, stages, programs))
+        if torch.cuda.get_device_capability(here.device) >= (9, 0):
+            for launch in sorted(shares, key=lambda launch: -shares[launch])[:2]:
+                attempt(launch._replace(early=True))
+        default = decode.launch_for(model.channels, model.dtype, model.page_size)
+        attempt(default)
+        yield f"{name}: of a copy's bandwidth, with (tile, warps, stages, programs, early)"
+        yield f"  {shares[default]:.1%} {tuple(default)}: launch_for"
+        yield from (f"  {shares[x]:.1%} {tuple(x)}" for x in sorted(shares, key=lambda x: -shares[x])[:12])
 
 
 CASES = Cases("decode", check, time, sweep)

@@ -1,5 +1,6 @@
 """The nouns of the scheduler: what there is, requests as rows, and what a step feeds. Whole numbers on the host."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,6 +19,7 @@ class Limits:
         expected: entries of a stream that a row of so many tokens is expected to hold, mean over streams.
         peak: those that a prompt of so many tokens needs on its way; None: no more than `expected`.
         calendar: moments that a chunk must not go past; None: there are none.
+        uneven: whether streams of a row differ in length, so that the last page of each is half full in the mean.
     """
 
     seats: int
@@ -29,10 +31,14 @@ class Limits:
     expected: Callable[[int], float]
     peak: Callable[[int], float] | None = None
     calendar: Calendar | None = None
+    uneven: bool = False
 
     def pages_for(self, tokens: int) -> int:
         """Pages that a row of so many tokens is expected to hold."""
-        return self.streams * -int(-self.expected(tokens) // self.page_size)
+        entries = self.expected(tokens)
+        if self.uneven:
+            return math.ceil(self.streams * (entries / self.page_size + 0.5))
+        return self.streams * math.ceil(entries / self.page_size)
 
     def peak_pages(self, tokens: int) -> int:
         """Pages that a prompt of so many tokens is expected to need on its way."""

@@ -127,6 +127,7 @@ def limits(
         expected=_over_all_layers(policy.expected_entries, facts),
         peak=_over_all_layers(policy.peak_entries, facts),
         calendar=Calendar(policy, facts.shape) if decides(policy, facts.shape) else None,
+        uneven=policy.delayed is not None,
     )
     needed = min(max(found.pages_for(length), found.peak_pages(length)) + shape.num_streams, most)
     if found.pages < needed:
