@@ -116,12 +116,13 @@ def job_by_chance(name: str, chance: random.Random, vocabulary: int) -> Job:
     if chance.random() < 0.02:
         prompt[chance.randrange(len(prompt))] = vocabulary - 1
     drawn = chance.random() < 0.5
+    tokens = chance.randrange(80, 160) if chance.random() < 0.3 else 1 + int(chance.expovariate(1 / 20))
     params = SamplingParams(
         n=chance.choice((2, 3)) if drawn and chance.random() < 0.3 else 1,
         temperature=0.8 if drawn else 0.0,
         top_p=0.95 if drawn else 1.0,
         seed=chance.randrange(2**31),
-        max_tokens=min(LONGEST - len(prompt), 1 + int(chance.expovariate(1 / 50))),
+        max_tokens=min(LONGEST - len(prompt), tokens),
         detokenize=False,
         logprobs=2 if chance.random() < 0.1 else None,
     )
