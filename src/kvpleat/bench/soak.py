@@ -12,20 +12,26 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from kvpleat.bench import soak_identical
-from kvpleat.bench.soak_load import NAMES, ROOM, SEATS, Served, arrivals, core_for, job_by_chance, served
-from kvpleat.engine import scheduler
+from kvpleat.bench.soak_load import (
+    NAMES,
+    ROOM,
+    SEATS,
+    Served,
+    arrivals,
+    careless,
+    core_for,
+    failing,
+    job_by_chance,
+    served,
+)
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.jobs import Desk, Job, Sample
-from kvpleat.hf.families import decoder_layers, describe
 from kvpleat.kernels.device_pool import check_integrity
 
 MEAN = 0.3  # requests that arrive in a step
@@ -46,33 +52,6 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def faults(it: Served, chance: random.Random, counts: Counter[str]) -> Iterator[None]:
-    """Now and then there is no memory in the middle of a forward (where no graph is replayed)."""
-
-    def fail(*_: Any) -> None:
-        if chance.random() < FAULTS:
-            counts["no memory"] += 1
-            raise torch.OutOfMemoryError("CUDA out of memory, or so a soak says.")
-
-    layers = decoder_layers(describe(it.model))
-    handle = layers[len(layers) // 2].mlp.register_forward_pre_hook(fail)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def careless() -> Iterator[None]:
-    """Rows are let in with little thought for what they grow to, so that guesses are often wrong."""
-    kept, scheduler.AHEAD = scheduler.AHEAD, 4
-    try:
-        yield
-    finally:
-        scheduler.AHEAD = kept
-
-
 def process_bytes(device: torch.device) -> int:
     """What the process holds: on a GPU, of the GPU."""
     gc.collect()
@@ -88,7 +67,12 @@ def soak(it: Served, name: str, seconds: float, seed: int, device: torch.device)
     vocabulary = int(it.model.config.vocab_size)
     core = core_for(it, name, ROOM)
     desk, began, warm = Desk(core), time.monotonic(), 0
-    with careless(), faults(it, chance, found.counts):
+
+    def fails() -> bool:
+        found.counts["no memory"] += (now := chance.random() < FAULTS)
+        return now
+
+    with careless(), failing(it, fails):
         while (spent := time.monotonic() - began) < seconds or desk.jobs:
             if spent > seconds / 3 and not warm:
                 warm = process_bytes(device)

@@ -2,18 +2,20 @@
 
 import math
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kvpleat import accounting
-from kvpleat.engine import sizes
+from kvpleat.engine import scheduler, sizes
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.jobs import Job
 from kvpleat.engine.params import SamplingParams
 from kvpleat.hf import models
-from kvpleat.hf.families import base_of, describe
+from kvpleat.hf.families import base_of, decoder_layers, describe
 from kvpleat.policies import DMC, DMS, AttentionScore, Fold, Full, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
 from kvpleat.policies.learned import Learned
@@ -108,6 +110,32 @@ def core_for(it: Served, name: str, room: float | None, seats: int = SEATS, **op
         page = accounting.page_bytes(facts.shape) + accounting.PAGE_OVERHEAD
         options["kv_memory"] = sum(fixed.values()) + math.ceil(room * alone) * page
     return EngineCore(it.model, policy, **{**defaults, **options})
+
+
+@contextmanager
+def failing(it: Served, fails: Callable[[], bool]) -> Iterator[None]:
+    """Where `fails` says so there is no memory in the middle of a forward (but not in one that a graph replays)."""
+
+    def look(*_: Any) -> None:
+        if fails():
+            raise torch.OutOfMemoryError("CUDA out of memory, or so a soak says.")
+
+    layers: Any = decoder_layers(describe(it.model))
+    handle = layers[len(layers) // 2].mlp.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def careless() -> Iterator[None]:
+    """Rows are let in with little thought for what they grow to, so that guesses are often wrong."""
+    kept, scheduler.AHEAD = scheduler.AHEAD, 4
+    try:
+        yield
+    finally:
+        scheduler.AHEAD = kept
 
 
 def job_by_chance(name: str, chance: random.Random, vocabulary: int) -> Job:
