@@ -124,6 +124,8 @@ class Engine:
         assert not self.core.unfinished, "it does not come to an end"
         for _ in range(2):
             assert self.step() == []
+        self.core.reset_prefix_cache()
+        assert self.step() == []
         pool = self.core.runner.pool
         check_integrity(pool)
         assert int(pool.free_count) == pool.holders.numel(), "pages are lost"
@@ -199,7 +201,7 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
     all pages are free."""
     options = {"max_num_seqs": seats, "max_num_batched_tokens": step_tokens, "max_model_len": 100}
     with Engine(kind, kv_memory=memory_of(kind, pages, seats), **options) as engine:
-        assert engine.core.runner.pool.holders.numel() == min(pages, 28 * seats)
+        assert engine.core.runner.pool.holders.numel() <= pages
         gone = set()
         for step in range(41):
             for i, request in enumerate(requests):

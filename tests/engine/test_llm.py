@@ -381,6 +381,7 @@ def test_a_model_is_found_by_name(core: FakeCore, tiny_folder: Path) -> None:
     """With its tokenizer; the arguments reach the core."""
     options = {"kv_memory": "1MiB", "max_num_seqs": 3, "max_num_batched_tokens": 64, "max_model_len": 99}
     options |= {"max_logprobs": 5, "seed": 7, "enforce_eager": True, "compile": True, "page_size": 32}
+    options |= {"enable_prefix_caching": False}
     policy = Window(ratio=2.0)
     with LLM(str(tiny_folder), policy, dtype="bfloat16", device="cpu", **options) as llm:
         given = dict(core.options)

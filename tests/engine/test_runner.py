@@ -216,13 +216,16 @@ def test_memory_is_not_exceeded(kind: str, seats: int) -> None:
     beside = None if core.runner._sliding is None else core.runner._sliding.ring, observed and observed.last
     taken = accounting.storage_bytes([pool, works, beside])
     assert memory - page < taken <= memory
-    fixed = sizes.fixed_bytes(core._attached.policy, core._attached.facts, seats, 200)
+    frozen = core.scheduler.limits.frozen
+    fixed = sizes.fixed_bytes(core._attached.policy, core._attached.facts, seats, 200, frozen)
     assert taken == sum(fixed.values()) + pool.holders.numel() * page
     core.close()
 
 
 def test_no_more_memory_than_can_be_used() -> None:
     model = models.tiny("llama", dtype=torch.float32)
-    core = EngineCore(model, Full(), max_num_seqs=2, max_model_len=100)
-    assert core.runner.pool.holders.numel() == 2 * 6 * 7, "no more than two rows of seven pages a stream can use"
-    core.close()
+    for sharing in (False, True):
+        core = EngineCore(model, Full(), max_num_seqs=2, max_model_len=100, enable_prefix_caching=sharing)
+        rows = 2 + 2 * sharing  # rows of seven pages a stream; what is frozen gets no more than what runs
+        assert core.runner.pool.holders.numel() == rows * 6 * 7
+        core.close()

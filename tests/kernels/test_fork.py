@@ -14,6 +14,8 @@ from kvpleat.types import Delay
 from tests.kernels.test_extend import CASES, Both, make_both
 from tests.kernels.test_update import HEADS, LAYERS, ROWS, SIZES, Backend, make_pool, make_shape, stream
 
+STAY = torch.zeros(LAYERS, dtype=torch.bool)
+
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
@@ -47,7 +49,7 @@ class Forked(Both):
     before: dict[int, Tensor]
 
     def fork(self, source: int, target: int, backend: Backend, **options: bool) -> None:
-        told = fork.fork(self.pool, ints(source), ints(target), moves=False, **options)
+        told = fork.fork(self.pool, ints(source), ints(target), moves=STAY, **options)
         self.given |= self.pool.holders > 0
         self.caches[target] = self.caches[source].fork()
         self.positions[target] = self.positions[source]
@@ -119,7 +121,7 @@ def test_entries_that_stay_or_move(backend: Backend, moves: bool) -> None:
         for layer in range(LAYERS):
             at, active = torch.full((ROWS,), position, dtype=torch.int32), torch.tensor([True, False, False])
             update.append(pool, layer, at, active, keys + layer, keys)
-    told = fork.fork(pool, ints(0, 0), ints(1, 2), moves)
+    told = fork.fork(pool, ints(0, 0), ints(1, 2), torch.full((LAYERS,), moves))
     streams = LAYERS * HEADS
     assert told.tolist() == [[0 if moves else 2 * streams] * 2, [3 * streams] * 2]
     assert int(pool.free_count) == 100 - streams * (9 if moves else 5)
@@ -147,7 +149,7 @@ def test_without_pages(backend: Backend, spare: int | None) -> None:
     for missing in (0, 1):
         both = make_both(delay, pages=3 * streams + 2 * streams + (spare or 0) - missing, entries=100)
         both.chunk({0: 37}, marked=0.0)  # three pages, of which the last two hold the newest tokens
-        told = fork.fork(both.pool, ints(0), ints(1), moves=False, spare=spare)
+        told = fork.fork(both.pool, ints(0), ints(1), moves=STAY, spare=spare)
         assert told.tolist() == [[-1 if missing else streams], [3 * streams]]
         assert int(both.pool.failed) == (missing if spare is None else 0)
         assert bool((both.pool.lengths[1] == (0 if missing else 37)).all())
@@ -155,7 +157,7 @@ def test_without_pages(backend: Backend, spare: int | None) -> None:
         check_integrity(both.pool)
         both.pool.failed.fill_(1)
         for options in ({"whole": True}, {"spare": 0}, {}):
-            assert fork.fork(both.pool, ints(0), ints(2), moves=False, **options)[0].tolist() == [-1]
+            assert fork.fork(both.pool, ints(0), ints(2), moves=STAY, **options)[0].tolist() == [-1]
         check_integrity(both.pool)
 
 

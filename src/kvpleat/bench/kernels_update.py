@@ -181,10 +181,11 @@ def _forks(name: str, delay: Delay, device: torch.device) -> float:
         both.step()
     for pool in (both.mine, both.wanted):
         zero, two, three = (torch.tensor(rows, device=pool.key.device) for rows in ([0, 0], [2, 3], [4]))
+        stay = torch.zeros(2, dtype=torch.bool, device=pool.key.device)
         update.release(pool, two)
-        fork.fork(pool, zero, two, moves=False)
+        fork.fork(pool, zero, two, moves=stay)
         update.release(pool, three)
-        fork.fork(pool, two[:1], three, moves=False)
+        fork.fork(pool, two[:1], three, moves=stay)
     both.positions[2:] = both.positions[0]
     errors = [both.error()]
     for number in range(40):

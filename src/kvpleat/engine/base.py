@@ -45,6 +45,8 @@ class Engine:
         compile: let torch.compile fuse what layers do around attention: up to a minute at the start, faster steps on a
             GPU.
         page_size: entries of a page, 16 (less waste) or 32.
+        enable_prefix_caching: keep what was computed while nobody needs its memory: a request that begins with the
+            same tokens starts from there.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -72,6 +74,7 @@ class Engine:
         enforce_eager: bool = False,
         compile: bool = False,
         page_size: int = 16,
+        enable_prefix_caching: bool = True,
     ) -> None:
         loaded = _load(model, dtype, device, trust_remote_code)
         if isinstance(loaded, models.LoadedModel):
@@ -89,6 +92,7 @@ class Engine:
             enforce_eager=enforce_eager,
             compile=compile,
             page_size=page_size,
+            enable_prefix_caching=enable_prefix_caching,
         )
         self._desk = Desk(core)
         self._encoder = tokenizer  # what prompts become tokens with

@@ -43,6 +43,7 @@ class EngineCore:
         compile: whether torch.compile fuses what the model's layers do around attention.
         max_logprobs: most that a request may ask for; -1: any number.
         page_size: entries of a page, 16 or 32.
+        enable_prefix_caching: requests that begin as others did start from what was computed for these.
 
     Raises:
         UnsupportedError: the model or the policy is not served. OptionError: options that do not fit together.
@@ -67,6 +68,7 @@ class EngineCore:
         max_logprobs: int = 20,
         page_size: int = 16,
         compile: bool = False,
+        enable_prefix_caching: bool = True,
     ) -> None:
         sizes.check_counts(max_num_seqs, max_num_batched_tokens)
         self._attached = Attached(model, policy, page_size, compile)
@@ -76,14 +78,16 @@ class EngineCore:
             self._end_ids = _end_ids(model)
             self._seed, self._max_logprobs, self._vocabulary = seed, max_logprobs, int(self._config.vocab_size)
             limits = sizes.limits(
-                self._attached.policy, facts, kv_memory, max_num_seqs, max_num_batched_tokens, self.max_model_len
-            )
+                self._attached.policy, facts, kv_memory, max_num_seqs, max_num_batched_tokens, self.max_model_len,
+                enable_prefix_caching,
+            )  # fmt: skip
             self.scheduler = Scheduler(limits)
             self._device = facts.device if facts.device.type == "cuda" else -1  # -1: no matter
             with torch.cuda.device(self._device):
                 self.runner = Runner(
-                    self._attached, limits.pages, max_num_seqs, self.max_model_len, self._end_ids, enforce_eager
-                )
+                    self._attached, limits.pages, max_num_seqs, self.max_model_len, self._end_ids, enforce_eager,
+                    limits.frozen,
+                )  # fmt: skip
         except BaseException as error:
             self._attached.close()
             if sizes.out_of_memory(error):
@@ -129,6 +133,10 @@ class EngineCore:
         if row is not None:
             self.scheduler.finish(row, "abort")
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all beginnings of texts that no request uses. Their pages are free with the next step."""
+        self.scheduler.pages.forget()
+
     def step(self) -> list[Emitted]:
         """Start the next step of the batch, then wait for the one before it.
 
@@ -139,12 +147,12 @@ class EngineCore:
             plan = self.scheduler.schedule(runs=self._runs is not None and not self._void)
             before, fits = self._runs, True
             try:
-                self._runs = self.runner.launch(plan) if plan.feeds else None
+                self._runs = self.runner.launch(plan) if plan.feeds or plan.kept else None
             except Exception as error:
                 if not sizes.out_of_memory(error):
                     raise
                 fits = False  # what follows is done where the error holds on to nothing any more
-            if not plan.feeds and (plan.released or plan.clear):
+            if fits and self._runs is None and (plan.released or plan.dropped or plan.clear):
                 self.runner.release(plan)
             if fits:
                 return self._settle(before, plan)
@@ -172,19 +180,19 @@ class EngineCore:
             return None
         if token == NO_TOKEN:
             self._finish(row, "error")
-            return Emitted(row.request.id, [], None, "error")
+            return Emitted(row.request.id, [], None, "error", row.cached)
         row.tokens.append(token)
         reason = "stop" if token in row.ends else "length" if len(row.tokens) == row.limit else None
         if reason is not None:
             self._finish(row, reason)
-        return Emitted(row.request.id, [token], None if logprobs is None else [logprobs], reason)
+        return Emitted(row.request.id, [token], None if logprobs is None else [logprobs], reason, row.cached)
 
     def _without_memory(self) -> list[Emitted]:
         """Rows that ended because even alone they need more pages than there are."""
         ended = [row for row in self._rows.values() if row.reason == "memory"]
         for row in ended:
             del self._rows[row.request.id]
-        return [Emitted(row.request.id, [], None, "memory") for row in ended]
+        return [Emitted(row.request.id, [], None, "memory", row.cached) for row in ended]
 
     def _finish(self, row: Row, reason: str) -> None:
         self.scheduler.finish(row, reason)

@@ -42,6 +42,7 @@ class Sample:
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] = []
         self.cumulative_logprob = 0.0
+        self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self._text = OutputText(tokenizer, request.prompt, request.params)
@@ -52,6 +53,7 @@ class Sample:
     def extend(self, emitted: Emitted) -> None:
         """Add what the core emitted, up to a stop string if one is complete now."""
         params, tokens = self.request.params, emitted.token_ids
+        self.num_cached_tokens = emitted.num_cached_tokens
         ended = emitted.finish_reason == "stop"
         seen = tokens[:-1] if ended and not params.include_stop_str_in_output else tokens
         used = self._text.add(seen)
@@ -146,7 +148,10 @@ class Job:
             return None
         samples = [sample for sample in self.samples if sample.has_news or not delta]
         outputs = [sample.output(delta) for sample in samples]
-        return RequestOutput(self.id, self._text, list(self._tokens), outputs, self.finished) if outputs else None
+        if not outputs:
+            return None
+        cached = self.samples[0].num_cached_tokens
+        return RequestOutput(self.id, self._text, list(self._tokens), outputs, self.finished, cached)
 
 
 class Desk:

@@ -179,12 +179,14 @@ class Emitted:
         finish_reason: "stop" (an end token, a token of stop_token_ids), "length" (max_tokens, or the model's length),
             "error" (the logits were NaN or all infinite, and no token was made of them), "memory" (even alone it
             needs more pages, or a step of its more memory, than there are), None: goes on.
+        num_cached_tokens: of its prompt, that another request had computed.
     """
 
     request_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,7 @@ class RequestOutput:
         prompt_token_ids: its tokens.
         outputs: its samples, in order; in a stream of deltas only those that have news.
         finished: whether all samples have ended.
+        num_cached_tokens: of the prompt, that another request had computed (of several samples: for the first one).
     """
 
     request_id: str
@@ -248,3 +251,4 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int = 0

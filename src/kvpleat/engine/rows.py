@@ -1,9 +1,9 @@
 """The nouns of the scheduler: what there is, requests as rows, and what a step feeds. Whole numbers on the host."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvpleat.engine.moments import Calendar
 from kvpleat.engine.params import Request
@@ -20,6 +20,7 @@ class Limits:
         peak: those that a prompt of so many tokens needs on its way; None: no more than `expected`.
         calendar: moments that a chunk must not go past; None: there are none.
         uneven: whether streams of a row differ in length, so that the last page of each is half full in the mean.
+        frozen: rows of the pool, behind the seats, that keep beginnings of texts; 0: these are not shared.
     """
 
     seats: int
@@ -32,6 +33,7 @@ class Limits:
     peak: Callable[[int], float] | None = None
     calendar: Calendar | None = None
     uneven: bool = False
+    frozen: int = 0
 
     def pages_for(self, tokens: int) -> int:
         """Pages that a row of so many tokens is expected to hold."""
@@ -51,15 +53,80 @@ class Limits:
 
 class Counters(NamedTuple):
     """What the device counted at the end of a step: free pages; pages that were missing, 0 if it went well; pages that
-    the row in each seat holds, as far as the step was wide."""
+    the row in each seat holds, as far as the step was wide; of each fork pages that are shared (-1: it did not happen)
+    and pages that the copy has."""
 
     free: int
     missing: int
     held: list[int]
+    forked: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(eq=False)
-class Row:
+class Share:
+    """Pages that several have. holders: how many."""
+
+    pages: int
+    holders: int
+
+
+@dataclass(eq=False)
+class Holder:
+    """Who has pages.
+
+    Attributes:
+        held: pages, as far as the host knows. shares: of these, those that others have too.
+    """
+
+    held: int = field(init=False, default=0)
+    shares: list[Share] = field(init=False, default_factory=list)
+
+    @property
+    def own(self) -> int:
+        """Pages that nobody else has."""
+        return max(0, self.held - sum(share.pages for share in self.shares))
+
+    def leave(self) -> int:
+        """Have no pages any more. Returns how many are free now."""
+        freed, self.held = self.own, 0
+        for share in self.shares:
+            share.holders -= 1
+            freed += 0 if share.holders else share.pages
+        self.shares = []
+        return freed
+
+    def join(self, other: "Holder", pages: int = 0) -> None:
+        """Share what another one shares, `pages` at least: more of its own become shared."""
+        for share in self.shares:
+            share.holders -= 1
+        more = pages - sum(share.pages for share in other.shares)
+        if more > 0:
+            other.shares.append(Share(more, 1))
+        self.shares = list(other.shares)
+        for share in self.shares:
+            share.holders += 1
+
+
+@dataclass(eq=False)
+class Frozen(Holder):
+    """A row of the pool that nobody runs: a text up to some token, for others to begin with.
+
+    Args:
+        row: of the pool. node: where its text is in the tree. maker: the row that it was.
+
+    Attributes:
+        ready: the device said that it is there. movable: pages that a row which begins with it takes at once.
+    """
+
+    row: int
+    node: Any
+    maker: "Row"
+    ready: bool = False
+    movable: int = 0
+
+
+@dataclass(eq=False)
+class Row(Holder):
     """A request, from its arrival to its end.
 
     Args:
@@ -68,8 +135,9 @@ class Row:
     Attributes:
         tokens: prompt and output, as far as the host knows. drawn: how many there are on the device.
         goal: those to feed as a prompt. fed: those in the cache; both counts include the step that runs.
-        seat: None while it waits. held: pages, as far as the host knows. needs: pages that it gave up.
+        seat: None while it waits. needs: pages that it gave up.
         stuck: position of a token that the device had no memory for, alone. reason: why it ended.
+        cached: tokens of its prompt that others had computed. node: where its text is in the tree of texts.
     """
 
     request: Request
@@ -81,10 +149,11 @@ class Row:
     goal: int = field(init=False)
     fed: int = 0
     seat: int | None = None
-    held: int = 0
     needs: int = 0
     stuck: int | None = None
     reason: str | None = None
+    cached: int = 0
+    node: Any = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -113,6 +182,14 @@ class Feed(NamedTuple):
     number: int
 
 
+class Fork(NamedTuple):
+    """A row in a seat, and the frozen one that it becomes, or that it begins with."""
+
+    row: Row
+    seat: int
+    frozen: Frozen
+
+
 @dataclass
 class Plan:
     """One step.
@@ -123,6 +200,8 @@ class Plan:
 
     Attributes:
         seated: rows that get a seat. tokens, chunks: what is fed. size: tokens of both. pages: it is reckoned to take.
+        dropped: frozen rows of the pool that leave before it. kept: rows that leave, but stay frozen. begun: rows that
+            begin with frozen ones. taken: rows that are frozen at its end, and go on. freed: pages of all who leave.
     """
 
     released: list[tuple[int, Row]]
@@ -133,8 +212,25 @@ class Plan:
     chunks: list[Feed] = field(default_factory=list)
     size: int = 0
     pages: int = 0
+    dropped: list[int] = field(default_factory=list)
+    kept: list[Fork] = field(default_factory=list)
+    begun: list[Fork] = field(default_factory=list)
+    taken: list[Fork] = field(default_factory=list)
+    freed: int = 0
+
+    @property
+    def forks(self) -> list[Fork]:
+        """All, in the order in which the device tells what became of them."""
+        return self.kept + self.begun + self.taken
 
     @property
     def feeds(self) -> list[Feed]:
         """All that is fed."""
         return self.tokens + self.chunks
+
+    def take_back(self) -> list[Row]:
+        """Nothing of it has happened. Returns rows that were to begin with others, the youngest first."""
+        for feed in reversed(self.feeds):
+            feed.row.drawn -= feed.draws
+            feed.row.fed = feed.start
+        return [fork.row for fork in reversed(self.begun) if fork.row.seat is not None]

@@ -21,10 +21,11 @@ from kvpleat.engine.attention import Prompts, Step, Tokens
 from kvpleat.engine.decisions import looking_back
 from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.params import TokenLogprobs
-from kvpleat.engine.rows import Counters, Feed, Plan
+from kvpleat.engine.rows import Counters, Feed, Fork, Plan
 from kvpleat.engine.sampling import Mode, Sampled, Sampler, record
 from kvpleat.engine.sizes import ladder
-from kvpleat.kernels import decode, extend, reference, update
+from kvpleat.engine.transfer import packed, pinned, to_host
+from kvpleat.kernels import decode, extend, fork, reference, update
 from kvpleat.kernels.decode import Work
 from kvpleat.kernels.device_pool import DevicePool, first_rows, new_pool
 
@@ -33,11 +34,13 @@ POSITIONS, ACTIVE, NUMBERS, DRAWS, RELEASED = range(5)  # lines of what the host
 
 class Launched(NamedTuple):
     """A step that runs or has run. counted: [2 + 2 n] int64 free and missing pages, pages of each seat, its token;
-    sampled: with logprobs, where somebody asked. Both on the host, written once `done` has come."""
+    sampled: with logprobs, where somebody asked. forked: [2, F] what `fork` told. All on the host, written once `done`
+    has come."""
 
     plan: Plan
     counted: Tensor
     sampled: Sampled | None
+    forked: Tensor | None
     done: Any
 
 
@@ -56,7 +59,7 @@ class Runner:
 
     Args:
         attached: the model. num_pages: of the pool. num_seats: rows that run at a time. length: of a row, in tokens.
-        end_ids: the model's end tokens. eager: no CUDA graphs.
+        end_ids: the model's end tokens. eager: no CUDA graphs. frozen: rows of the pool behind the seats.
     """
 
     @torch.inference_mode(False)  # tensors made in that mode could not be written to outside it
@@ -68,13 +71,17 @@ class Runner:
         length: int,
         end_ids: Sequence[int],
         eager: bool,
+        frozen: int = 0,
     ) -> None:
         facts, device = attached.facts, attached.facts.device
         self.attached, self.device, self._end_ids = attached, device, end_ids
-        self.pool = new_pool(sliding.whole(facts), attached.policy.delayed, num_seats, num_pages, length, device)
+        self.pool = new_pool(
+            sliding.whole(facts), attached.policy.delayed, num_seats + frozen, num_pages, length, device
+        )
         self._sliding = sliding.view(self.pool, facts, length)
         self._layers = {layer: place for place, layer in enumerate(facts.layers)}
-        self._observed, self._decisions = looking_back(attached.policy, facts, self.pool)
+        self._observed, self._decisions = looking_back(attached.policy, facts, first_rows(self.pool, num_seats))
+        self._moves = windows.moves(attached.policy, facts).to(device)
         vocabulary: int = attached.model.config.vocab_size
         self.sampler = Sampler(num_seats, vocabulary, device)
         self._written = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
@@ -97,10 +104,22 @@ class Runner:
     def launch(self, plan: Plan) -> Launched:
         """Start a step. Nothing here waits for the device."""
         self.attached.check()
-        self.release(plan)
+        told = self.release(plan)
         for row in plan.seated:
             assert row.seat is not None
             self.sampler.seat(row.seat, row.request.params, row.seed, self._end_ids)
+        if plan.begun:
+            told.append(self._fork(plan.begun, begin=True))
+        counted, sampled = self._step(plan) if plan.feeds else (self._counted(0), None)
+        if plan.taken:
+            told.append(self._fork(plan.taken, spare=len(plan.tokens) * self.pool.shape.num_streams))
+        if sampled is not None:
+            sampled = Sampled._make(None if x is None else to_host(x) for x in sampled)
+        forked = to_host(torch.cat(told, 1)) if told else None
+        return Launched(plan, to_host(counted), sampled, forked, self._event())
+
+    def _step(self, plan: Plan) -> tuple[Tensor, Sampled | None]:
+        """The forward, and a draw for every seat: see `Launched`."""
         n = next(n for n in self._widths if n > max(feed.seat for feed in plan.feeds))
         if plan.chunks:
             self._mixed(n, plan)
@@ -115,15 +134,13 @@ class Runner:
             self._decisions.after(plan.feeds)
         mode = self.sampler.mode
         if mode.logprobs is None:
-            counted, sampled = self._graphs.run((n, mode), lambda: self._draw(n, mode))
-        else:
-            counted, sampled = self._draw(n, mode)
-        told = None if mode.logprobs is None else Sampled._make(None if x is None else _to_host(x) for x in sampled)
-        return Launched(plan, _to_host(counted), told, self._event())
+            return self._graphs.run((n, mode), lambda: self._draw(n, mode))[0], None
+        return self._draw(n, mode)
 
     @torch.inference_mode()
-    def release(self, plan: Plan) -> None:
-        """Send the numbers of a step to the device, and empty the seats of rows that left before it."""
+    def release(self, plan: Plan) -> list[Tensor]:
+        """Send the numbers of a step to the device, and empty the rows that leave before it. Returns what became of
+        those that stay frozen."""
         written = np.zeros((5, self._next.shape[0]), dtype=np.int32)
         for feed in plan.tokens:
             written[POSITIONS, feed.seat], written[ACTIVE, feed.seat] = feed.start, 1
@@ -134,20 +151,31 @@ class Runner:
             self.sampler.unseat(seat)
             if self._observed is not None:
                 self._observed.forget(row)
-        self._written.copy_(_pinned(torch.from_numpy(written), self.device), non_blocking=True)
-        if plan.released:
-            self._empty(self._written[RELEASED, : len(plan.released)])
+        self._written.copy_(pinned(torch.from_numpy(written), self.device), non_blocking=True)
+        if plan.dropped:
+            self._empty(self._sent(torch.tensor(plan.dropped)))
         if plan.clear:
             self.pool.failed.zero_()
+        told = [self._fork(plan.kept, whole=True)] if plan.kept else []
+        if plan.released:
+            self._empty(self._written[RELEASED, : len(plan.released)])
+        return told
+
+    def _fork(self, forks: Sequence[Fork], begin: bool = False, **options: Any) -> Tensor:
+        """Rows become frozen ones, or begin with them: `fork.fork`."""
+        seats, frozen = self._sent(torch.tensor([[x.seat for x in forks], [x.frozen.row for x in forks]]))
+        sources, targets = (frozen, seats) if begin else (seats, frozen)
+        beside = None if self._sliding is None else self._sliding.ring
+        return fork.fork(self.pool, sources, targets, self._moves, beside=beside, **options)
 
     @torch.inference_mode()
     def start_over(self) -> None:
-        """Empty all seats, whatever a step that broke off has left in them."""
+        """Empty all rows, whatever a step that broke off has left in them."""
         for seat in range(self._seats.numel()):
             self.sampler.unseat(seat)
         if self._observed is not None:
             self._observed.forget_all()
-        self._empty(self._seats.int())
+        self._empty(torch.arange(self.pool.lengths.shape[0], device=self.device))
         self.pool.failed.zero_()
 
     def _empty(self, seats: Tensor) -> None:
@@ -223,8 +251,12 @@ class Runner:
         sampled = self.sampler.sample(self._logits[:n], self._seats[:n], written[NUMBERS].long(), mode)
         wanted = (written[DRAWS] != 0) & (pool.failed == 0)
         self._next[:n] = torch.where(wanted, sampled.tokens.clamp(min=0), self._next[:n])
-        held = pool.num_pages.sum((1, 2))
-        return torch.cat([pool.free_count.long(), pool.failed.long(), held, sampled.tokens]), sampled
+        return torch.cat([self._counted(n), sampled.tokens]), sampled
+
+    def _counted(self, n: int) -> Tensor:
+        """[2 + n] int64 free pages, missing ones, and those of each seat."""
+        pool = self.pool
+        return torch.cat([pool.free_count.long(), pool.failed.long(), pool.num_pages[:n].sum((1, 2))])
 
     # ---- between host and device
 
@@ -242,7 +274,8 @@ class Runner:
             for feed in launched.plan.feeds
             if feed.draws
         ]
-        return Counters(free, missing, held), drawn
+        forked = [] if launched.forked is None else launched.forked.T.tolist()
+        return Counters(free, missing, held, forked), drawn
 
     def _columns(self, plan: Plan) -> int:
         """Pages of the longest stream that there can be; on a GPU nobody reads more than lengths say."""
@@ -251,7 +284,7 @@ class Runner:
         return -(-max(feed.start + feed.size for feed in plan.feeds) // self.pool.shape.page_size)
 
     def _sent(self, x: Tensor) -> Tensor:
-        return _pinned(x, self.device).to(self.device, non_blocking=True)
+        return pinned(x, self.device).to(self.device, non_blocking=True)
 
     def _event(self) -> Any:
         if self.device.type != "cuda":
@@ -263,28 +296,3 @@ class Runner:
     def close(self) -> None:
         """Let go of graphs, which hold on to the memory of their tensors."""
         self._graphs.clear()
-
-
-def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and positions [T] of the chunks, one after the other, and [n] the last token of each seat in the batch: 0
-    where none is drawn."""
-    tokens: list[int] = []
-    positions = [np.arange(feed.start, feed.start + feed.size, dtype=np.int32) for feed in plan.chunks]
-    last = np.zeros(n, dtype=np.int64)
-    before = n if plan.tokens else 0
-    for feed in plan.tokens:
-        last[feed.seat] = feed.seat
-    for feed in plan.chunks:
-        tokens += feed.row.tokens[feed.start : feed.start + feed.size]
-        last[feed.seat] = before + len(tokens) - 1
-    return torch.tensor(tokens), torch.from_numpy(np.concatenate(positions)), torch.from_numpy(last)
-
-
-def _pinned(x: Tensor, device: torch.device) -> Tensor:
-    return x.pin_memory() if device.type == "cuda" else x
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy on the host, without waiting for it."""
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
-    return host.copy_(x, non_blocking=True)

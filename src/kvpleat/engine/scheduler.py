@@ -16,19 +16,22 @@ which one token alone finds none, twice, ends with "memory".
 
 from collections import deque
 
-from kvpleat.engine.rows import Counters, Feed, Limits, Plan, Row
+from kvpleat.engine.pages import Pages
+from kvpleat.engine.rows import Counters, Feed, Fork, Frozen, Limits, Plan, Row
 
 AHEAD = 64  # tokens that every row should be able to go on for when another one is admitted
 CAUTIOUS = 32  # steps in which every stream is reckoned to take a page, after a chunk found too few
 PATIENCE = (16, 1024)  # steps that go well before larger ones are tried again: at first, and after many failures
 SCALES = (0.125, 8.0)  # how far from what is expected rows are believed to be
+KEPT = ("stop", "length", "abort")  # rows that ended like this may be what others begin with
 
 
 class Scheduler:
     """Rows that wait and rows that run, both in order of arrival.
 
     Attributes:
-        limits: what there is. waiting, running: rows. preemptions: how often a row gave its pages up.
+        limits: what there is. waiting, running: rows. pages: what is free, and what rows may begin with. preemptions:
+            how often a row gave its pages up.
         step_tokens: of a step, fewer than there may be after one that there was no memory for.
     """
 
@@ -36,19 +39,20 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
+        self.pages = Pages(limits)
         self.preemptions = 0
         self.step_tokens = limits.step_tokens
         self._well, self._patience = 0, PATIENCE[0]  # steps since then, and how many have to be
         self._seats = list(range(limits.seats))  # free ones
         self._leaving: list[tuple[int, Row]] = []  # to be released
-        self._free = limits.pages  # pages after the last step that ended, with those of rows that left since
-        self._under_way = 0  # pages that the step which runs is reckoned to take
+        self._plan = Plan([], False, False)  # the step that is planned
         self._clear = False
         self._caution = 0
         self._scale = 1.0  # pages that rows were seen to hold, over what was expected
 
     def add(self, row: Row) -> None:
         """Let a row wait."""
+        self.pages.prefixes.add(row)
         self.waiting.append(row)
 
     def finish(self, row: Row, reason: str) -> None:
@@ -56,80 +60,112 @@ class Scheduler:
         row.reason = reason
         if row.seat is None:
             self.waiting.remove(row)
+            self.pages.prefixes.remove(row)
         else:
             self._leave(row)
 
     def schedule(self, runs: bool) -> Plan:
         """The next step. runs: whether another one is under way."""
-        plan = Plan(self._leaving, self._clear, self._caution > 0)
+        plan = self._plan = Plan(self._leaving, self._clear, self._caution > 0)
         self._leaving, self._clear, self._caution = [], False, max(0, self._caution - 1)
+        self.pages.begin(plan, runs)
         self._empty(plan.released)
         if not runs and not self.running:
-            self._free = self.limits.pages
-        free = self._free - (self._under_way if runs else 0)
+            self.pages.free = self.limits.pages - self.pages.prefixes.pages
         for row in self.running:
             if row.decodes:
                 plan.pages += self._growth(row, plan.cautious)
-                plan.tokens.append(self._feed(plan, row, 1))
-        if self._go_on_with_prompts(plan, free) and not (plan.clear and self.running):
-            self._admit(plan, free)
+                plan.tokens.append(self._feed(row, 1))
+        self.pages.room(plan.pages + len(plan.tokens) * self.limits.streams)
+        if self._go_on_with_prompts() and not (plan.clear and self.running):
+            self._admit()
         if self.running and not plan.size and not runs:
-            self._make_progress(plan)
-        self._under_way = plan.pages
+            self._make_progress()
+        self.pages.end(plan)
         return plan
 
     def _empty(self, released: list[tuple[int, Row]]) -> None:
-        self._free += sum(row.held for _, row in released)
+        forks = [self.pages.leave(row, seat, row.reason in KEPT) for seat, row in released]
+        self._plan.kept += [fork for fork in forks if fork is not None]
         self._seats += [seat for seat, _ in released]
         self._seats.sort(reverse=True)  # the lowest is taken first: steps are as wide as the highest in use
 
-    def _go_on_with_prompts(self, plan: Plan, free: int) -> bool:
+    def _go_on_with_prompts(self) -> bool:
         """Chunks of rows that are in the middle of their prompts. Returns whether all of them could go on."""
-        return all(row.fed >= row.goal or self._chunk(plan, row, free) for row in self.running)
+        return all(row.fed >= row.goal or self._chunk(row) for row in self.running)
 
-    def _admit(self, plan: Plan, free: int) -> None:
+    def _admit(self) -> None:
         """Rows that wait get seats, in order, while there are seats, tokens, and pages for all to go on a while."""
+        pages = self.pages
         owed = sum(max(0, self._needs(row) - row.held) for row in self.running) if self.waiting and self._seats else 0
         while self.waiting and self._seats and len(self.running) < self.step_tokens:
             row = self.waiting[0]
-            owed += self._needs(row)
-            if self.running and owed > free:
+            if pages.prefixes.promised(row, self.running):
+                return
+            frozen = pages.prefixes.find(row)
+            owed += self._needs(row) - (frozen.held - frozen.movable if frozen else 0)
+            if self.running and (owed > pages.most or owed > pages.room(owed, frozen)):
                 return
             row.seat = self._seats[-1]
-            if not self._chunk(plan, row, free):
+            if not self._chunk(row):
                 row.seat = None
                 return
             self._seats.pop()
             self.running.append(self.waiting.popleft())
-            plan.seated.append(row)
+            self._plan.seated.append(row)
 
-    def _chunk(self, plan: Plan, row: Row, free: int) -> bool:
+    def _chunk(self, row: Row) -> bool:
         """As much of a row's prompt as there are tokens and pages for. Returns whether that is anything."""
-        fitting = max(0, free - plan.pages) // self.limits.streams * self.limits.page_size
-        count = min(row.goal - row.fed, self.step_tokens - plan.size, fitting)
-        if count > 0 and self.limits.calendar is not None:
-            count = self.limits.calendar.next(row.prompt_size, row.fed, row.fed + count) - row.fed
-        if count > 0:
-            plan.pages += self.limits.most_pages(count)
-            plan.chunks.append(self._feed(plan, row, count))
-        return count > 0
+        plan, limits, frozen = self._plan, self.limits, self._beginning(row)
+        fed, pages = (frozen.node.depth, frozen.movable) if frozen else (row.fed, 0)
+        pages += plan.pages
+        count = min(row.goal - fed, self.step_tokens - plan.size)
+        if count <= 0:
+            return False
+        fitting = self.pages.room(pages + limits.most_pages(count), frozen) - pages
+        count = min(count, max(0, fitting) // limits.streams * limits.page_size)
+        if count <= 0:
+            return False
+        if limits.calendar is not None:
+            count = limits.calendar.next(row.prompt_size, fed, fed + count) - fed
+        point = self.pages.prefixes.point(row, fed, fed + count)
+        count = count if point is None else point - fed
+        if frozen is not None:
+            assert row.seat is not None
+            plan.begun.append(Fork(row, row.seat, frozen))
+            row.join(frozen)
+        if row.drawn == row.prompt_size:
+            row.cached = fed if row.fed == 0 else row.cached
+        row.fed, plan.pages = fed, pages + limits.most_pages(count)
+        feed = self._feed(row, count)
+        plan.chunks.append(feed)
+        if point is not None and (fork := self.pages.freeze(row, feed.seat, point)):
+            plan.taken.append(fork)
+        return True
 
-    def _make_progress(self, plan: Plan) -> None:
+    def _beginning(self, row: Row) -> Frozen | None:
+        """What a row that has nothing yet begins with, if there are pages for that and a page more for each stream."""
+        frozen = self.pages.prefixes.find(row) if row.fed == 0 else None
+        needed = self._plan.pages + (frozen.movable if frozen else 0) + self.limits.streams
+        return frozen if frozen is not None and self.pages.room(needed, frozen) >= needed else None
+
+    def _make_progress(self) -> None:
         """Nobody decodes, nothing runs, and there are too few pages for whoever is in the middle of a prompt."""
-        while len(self.running) > 1 and self._free < self.limits.streams:
+        plan = self._plan
+        while len(self.running) > 1 and self.pages.room(self.limits.streams) < self.limits.streams:
             self._preempt()
             plan.released.append(self._leaving[-1])
             self._empty([self._leaving.pop()])
-        if not self._chunk(plan, self.running[0], self._free):
-            plan.chunks.append(self._feed(plan, self.running[0], 1))  # there may be room in the pages that it has
+        if not self._chunk(self.running[0]):
+            plan.chunks.append(self._feed(self.running[0], 1))  # there may be room in the pages that it has
 
-    def _feed(self, plan: Plan, row: Row, count: int) -> Feed:
+    def _feed(self, row: Row, count: int) -> Feed:
         assert row.seat is not None
         draws = row.fed + count == row.drawn
         feed = Feed(row, row.seat, row.fed, count, draws, row.drawn - len(row.request.prompt))
         row.fed += count
         row.drawn += draws
-        plan.size += count
+        self._plan.size += count
         return feed
 
     # ---- what became of a step
@@ -147,12 +183,13 @@ class Scheduler:
         for row in self.running:
             if row.seat is not None and row.seat < len(counters.held) and row not in new:
                 row.held = counters.held[row.seat]
-        left = sum(row.held for _, row in (later.released if later else []))
-        self._free = counters.free + left
+        void = later.kept + later.taken if later and counters.missing else []
+        for each in (later, plan) if counters.missing else ():
+            for row in each.take_back() if each else ():
+                self._wait_again(row)
+        left = (later.freed if later else 0) + self.pages.prefixes.settle(plan, counters.forked, void)
+        self.pages.free = counters.free + left
         if counters.missing:
-            for feed in reversed([*plan.feeds, *(later.feeds if later else [])]):
-                feed.row.drawn -= feed.draws
-                feed.row.fed = feed.start
             self._give_way(plan, counters, left)
             return False
         held = sum(counters.held[feed.seat] for feed in plan.tokens)
@@ -169,40 +206,50 @@ class Scheduler:
         self._well, self._patience = 0, min(2 * self._patience, PATIENCE[1])
         while self.running:
             self._preempt()
-        self._empty(self._leaving)
-        self._leaving, self._clear, self._free = [], False, self.limits.pages
+        for _, row in self._leaving:
+            row.leave()
+        self._seats, self._leaving, self._clear = list(range(self.limits.seats)), [], False
+        self.pages.start_over(self.waiting)
         self.step_tokens = max(1, self.step_tokens // 2)
-        row, start = plan.feeds[0].row, plan.feeds[0].start
-        if plan.size == 1 and row.reason is None:
+        if plan.size == 1 and plan.feeds[0].row.reason is None:
+            row, start = plan.feeds[0].row, plan.feeds[0].start
             if row.stuck == start:
                 self.finish(row, "memory")
                 self.step_tokens = self.limits.step_tokens
             row.stuck = start
 
     def _give_way(self, plan: Plan, counters: Counters, left: int) -> None:
-        """There were too few pages: a chunk waits and is reckoned with care, or the youngest rows go. left: pages of
-        rows that have left since."""
+        """There were too few pages: frozen rows go, or a chunk waits and is reckoned with care, or the youngest rows
+        go. left: pages of rows that have left since."""
         self._clear = True
+        lacking = counters.missing - left - sum(row.own for _, row in self._leaving)
+        missing = self.pages.give_way(lacking)
+        if missing <= 0 < lacking:
+            return
         if plan.chunks and not plan.cautious and len(self.running) > 1:
             self._caution = CAUTIOUS
             return
-        missing = counters.missing - left - sum(row.held for _, row in self._leaving)
         while missing > 0 and len(self.running) > 1:
-            missing -= self._preempt().held
+            missing -= self._preempt()
         alone = self.running and counters.free + self.running[0].held == self.limits.pages
         if missing > 0 and alone:
             self.finish(self.running[0], "memory")
 
-    def _preempt(self) -> Row:
-        """The youngest row gives up its seat and pages, and waits at the head of the queue. No step is under way that
-        could draw a token of it."""
+    def _preempt(self) -> int:
+        """The youngest row gives up its seat and pages. No step is under way that could draw a token of it. Returns
+        pages that nobody else has."""
         row = self.running[-1]
-        self._leave(row)
         self.preemptions += 1
         row.needs = max(row.needs, row.held + self.limits.streams)
+        self._wait_again(row)
+        return row.own
+
+    def _wait_again(self, row: Row) -> None:
+        """A row leaves its seat, and waits at the head of the queue."""
+        self._leave(row)
         row.fed, row.goal, row.drawn = 0, len(row.tokens), len(row.tokens)
+        self.pages.prefixes.add(row)
         self.waiting.appendleft(row)
-        return row
 
     def _leave(self, row: Row) -> None:
         assert row.seat is not None

@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,7 @@ UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 OUT_OF_MEMORY = "out of memory|allocate memory|alloc_failed"  # what CUDA, its libraries, Triton and the CPU say
 GPU_SHARE, CPU_SHARE = 0.8, 0.25  # of the memory that is free, or that the machine has
+FROZEN, FROZEN_SHARE = 256, 0.02  # frozen rows at most, and of the memory what says where their pages are
 
 
 def parse_bytes(text: int | str) -> int:
@@ -97,25 +99,30 @@ def ladder(most: int) -> list[int]:
     return [*sizes, most]
 
 
-def fixed_bytes(policy: Policy, facts: ModelFacts, seats: int, length: int) -> dict[str, int]:
+def fixed_bytes(policy: Policy, facts: ModelFacts, seats: int, length: int, frozen: int = 0) -> dict[str, int]:
     """Bytes of what the cache needs on the device beside its pages, by what it is."""
-    found = pool_bytes(sliding.whole(facts), policy.delayed, seats, 0, length)[1]
+    found = pool_bytes(sliding.whole(facts), policy.delayed, seats + frozen, 0, length)[1]
     work = sum(decode.room_bytes(n, sliding.whole(facts), facts.device) for n in ladder(seats))
     queries = seats * accounting.query_bytes(facts.shape, policy.observation_window)
-    windows = sliding.fixed_bytes(facts, seats, length)
+    windows = sliding.fixed_bytes(facts, seats + frozen, length)
     return {**found, "work lists of attention": work, "remembered queries": queries, "sliding windows": windows}
 
 
 def limits(
-    policy: Policy, facts: ModelFacts, kv_memory: int | str | None, seats: int, step_tokens: int, length: int
-) -> Limits:
+    policy: Policy, facts: ModelFacts, kv_memory: int | str | None, seats: int, step_tokens: int, length: int,
+    sharing: bool = False,
+) -> Limits:  # fmt: skip
     """What the scheduler shares out: pages for what `fixed_bytes` leaves of the memory.
+
+    Args:
+        sharing: whether rows are frozen, where the state follows from tokens alone: as many as fit beside what has to.
 
     Raises:
         OptionError: not even one sequence of `length` tokens is expected to fit.
     """
     shape, memory = sliding.whole(facts), memory_for(kv_memory, facts.device)
-    most = seats * shape.num_streams * -(-length // shape.page_size)  # all that could ever be used
+    longest = shape.num_streams * -(-length // shape.page_size)
+    most = seats * longest  # all that rows that run could ever use
     fixed, page = fixed_bytes(policy, facts, seats, length), pool_bytes(shape, policy.delayed, 0, 1, 0)[0]
     found = Limits(
         seats=seats,
@@ -139,6 +146,12 @@ def limits(
             f'kv_memory="{-(-(needed * page + sum(fixed.values())) // 2**20)}MiB", a smaller max_num_seqs or '
             "max_model_len, or a policy that keeps less."
         )
+    if sharing and found.calendar is None:
+        fixed_with = [sum(fixed_bytes(policy, facts, seats, length, frozen).values()) for frozen in (0, 1)]
+        row, left = fixed_with[1] - fixed_with[0], memory - fixed_with[0] - needed * page
+        frozen = max(0, min(FROZEN, int(memory * FROZEN_SHARE) // row, left // row))
+        pages = (memory - fixed_with[0] - frozen * row) // page
+        return replace(found, frozen=frozen, pages=min(pages, most + min(frozen, seats) * longest))
     return found
 
 

@@ -18,6 +18,15 @@ from kvpleat.policies.base import Policy
 from kvpleat.types import KVShape, Phase
 
 
+def moves(policy: Policy, facts: ModelFacts) -> Tensor:
+    """[L] bool layers of the model where any entry may move: where some leave at moments, and others take their places,
+    and where a sliding window of the model's own drops all."""
+    moving = policy.delayed is None and bool(policy.moments(0, 1 << 20, Phase.DECODE, 0, facts.shape))
+    found = torch.full((len(facts.layers) + len(facts.sliding),), moving)
+    found[list(facts.sliding)] = True
+    return found
+
+
 def seen(
     policy: Policy, shape: KVShape, chunks: Sequence[Feed], first: Tensor, sent: Callable[[Tensor], Tensor]
 ) -> Recent | None:

@@ -206,7 +206,7 @@ def _extend(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: 
     raw_keys, raw_values, group_keys, group_values = (keys.new_zeros(*size, keys.shape[-1]) for _ in range(4))
     stays, log_size = torch.zeros(size, dtype=torch.bool), torch.zeros(size)
     lengths = pool.lengths[:, layer].index_select(0, chunks.seats)
-    for chunk in _each(chunks):
+    for chunk in _each(chunks) if not int(pool.failed) else ():
         at, old = chunk.keys, slice(chunk.keys.start, max(chunk.keys.start, chunk.keys.stop - delay.tokens))
         known = _known(pool, layer, chunk, marks)
         raw_keys[:, at], raw_values[:, at] = _raw(pool, layer, chunk, keys, values)
@@ -219,9 +219,8 @@ def _extend(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: 
         stays[:, old] = F.pad(~known.marked, (0, 1), value=True)[:, 1 : old.stop - old.start + 1]
         young = slice(old.stop, at.stop)
         group_keys[:, young], group_values[:, young] = raw_keys[:, young], raw_values[:, young]
-        if not int(pool.failed):
-            content = {"key": group_keys[:, at], "value": group_values[:, at], "log_weight": log_size[:, at]}
-            _settle(pool, layer, chunk, known, stays[:, at], lengths[chunk.number], content, newest)
+        content = {"key": group_keys[:, at], "value": group_values[:, at], "log_weight": log_size[:, at]}
+        _settle(pool, layer, chunk, known, stays[:, at], lengths[chunk.number], content, newest)
     merged = (group_keys, group_values) if delay.merges else None
     rule = Leaving(delay.tokens, stays, merged, log_size if delay.log_size else None)
     return Seen(raw_keys, raw_values, past_of(pool, layer, chunks, lengths), rule)
@@ -267,11 +266,10 @@ def _take(pool: DevicePool, layer: int, chunk: _Chunk, known: Marks) -> Tensor:
     counts = stays.sum(1, dtype=torch.int32)
     hole = ~stays & (index < counts[:, None])
     last = stays & (index >= counts[:, None])  # as many as there are holes, in every stream
-    if not int(pool.failed):
-        pages = pool.page_table[chunk.seat, layer].long().repeat_interleave(pool.shape.page_size, -1)
-        slots = pages * pool.shape.page_size + index % pool.shape.page_size
-        for array in pool.arrays.values():
-            _flat(array)[slots[hole]] = _flat(array)[slots[last]]
+    pages = pool.page_table[chunk.seat, layer].long().repeat_interleave(pool.shape.page_size, -1)
+    slots = pages * pool.shape.page_size + index % pool.shape.page_size
+    for array in pool.arrays.values():
+        _flat(array)[slots[hole]] = _flat(array)[slots[last]]
     return counts
 
 

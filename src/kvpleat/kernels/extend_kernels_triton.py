@@ -100,10 +100,10 @@ def leave(key, value, log_weight, page_table, lengths, failed, slots, marked, lo
     first, seat = tl.load(starts + chunk) - young, tl.load(seats + chunk).to(tl.int64)
     at, stream = (seat * L + layer) * H + head, chunk * H + head
     length = tl.load(lengths + at)
-    if total == 0:
+    going = tl.load(failed) == 0
+    if (total == 0) | (tl.load(failed) != 0):  # a row that was to be forked may have no ring yet
         tl.store(past + stream, length)
         return
-    going = tl.load(failed) == 0
     ring, step = (seat * RING * L + layer) * H + head, L * H
     lane = tl.arange(0, LANES)  # the newest group, and the young tokens behind it
     there = (lane <= young) & (first + lane > 0)
@@ -226,7 +226,7 @@ def settle(key, value, log_weight, page_table, failed, members, member_carry, ke
     """Keys go to the raw ones, or form groups, and what is kept goes to the pages."""
     chunk, block = _block(seen, tl.program_id(0), num_chunks, B, ROWS)
     head = tl.program_id(1).to(tl.int64)
-    if chunk >= num_chunks:
+    if (chunk >= num_chunks) | (tl.load(failed) != 0):
         return
     begin, key_begin = tl.load(new + chunk), tl.load(seen + chunk)
     total = tl.load(seen + chunk + 1) - key_begin

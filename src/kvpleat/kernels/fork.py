@@ -6,7 +6,7 @@
 **Copy on write, of writes that are known beforehand.** From the state of a row follows which of its pages may still be
 written to (`device_pool.settled`). These are copied at once, and the others are shared for good: no kernel of a step
 has to ask who else holds a page. How many are copied does not grow with the text: those with the last W + 1 tokens of a
-stream, and the last one. Where entries leave at moments any of them may move, so all pages are copied.
+stream, and the last one. In layers where any entry may move, since some leave at moments, all pages are copied.
 
 Nothing here reads a tensor from the host where Triton runs. A fork takes all of its pages or none, as in
 `kernels.update`. This file holds the function, and the torch that copies pages; fork_triton.py copies the same. Shapes:
@@ -21,25 +21,32 @@ from kvpleat.kernels.device_pool import FREE, DevicePool, Ring, settled
 
 
 def fork(
-    pool: DevicePool, sources: Tensor, targets: Tensor, moves: bool, whole: bool = False, spare: int | None = None
+    pool: DevicePool,
+    sources: Tensor,
+    targets: Tensor,
+    moves: Tensor,
+    whole: bool = False,
+    spare: int | None = None,
+    beside: Ring | None = None,
 ) -> Tensor:
     """Make rows that are as others are.
 
     Args:
         sources: [F] int64 rows, any number of times. targets: [F] int64 rows that are empty, each once.
-        moves: whether entries leave at moments.
+        moves: [L] bool layers in which any entry may move.
         whole: all pages are shared: the sources are released before anything else happens to them.
         spare: pages that have to be left: if there are too few nothing happens. None: then `failed` is set.
+        beside: another ring of the same rows.
 
     Returns:
         [2, F] int32 pages that are shared, or would be but for `whole`, and -1 where there was no fork; and pages that
         the target has.
     """
     lines, lengths = (x.index_select(0, sources) for x in (pool.page_table, pool.lengths))
-    ring = _select(pool.ring, sources)
+    ring, other = _select(pool.ring, sources), _select(beside, sources)
     needed, limit = -(-lengths // pool.shape.page_size), lines.shape[-1]
     held = torch.arange(limit, device=lines.device) < needed[..., None]
-    still = settled(lengths, ring, pool.shape.page_size, limit) if not moves else torch.zeros_like(held)
+    still = settled(lengths, ring, pool.shape.page_size, limit) & ~moves[:, None, None]
     copied = held & ~still & (not whole)
     counts, done = copied.sum(-1, dtype=torch.int32), pool.failed == 0
     if spare is not None:
@@ -55,7 +62,8 @@ def fork(
     _copy(pool, torch.where(copied & done, lines, FREE), after)
     pool.holders.index_add_(0, after.clamp(min=0).flatten(), (held & ~copied & done).flatten().int())
     pool.page_table.index_copy_(0, targets, after)
-    state = [(pool.num_pages, needed), (pool.lengths, lengths), *zip(pool.ring or (), ring or (), strict=True)]
+    state: list[tuple[Tensor | None, Tensor | None]] = [(pool.num_pages, needed), (pool.lengths, lengths)]
+    state += [*zip(pool.ring or (), ring or (), strict=True), *zip(beside or (), other or (), strict=True)]
     for held_by_all, new in state:
         if held_by_all is not None and new is not None:
             held_by_all.index_copy_(0, targets, torch.where(done, new, held_by_all.index_select(0, targets)))
