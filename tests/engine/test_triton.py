@@ -10,7 +10,7 @@ from kvpleat import compress
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.hf.families import base_of, describe
-from kvpleat.kernels import decode, extend, prefill, update
+from kvpleat.kernels import decode, extend, fork, prefill, update
 from kvpleat.kernels.device_pool import check_integrity
 from kvpleat.policies import DMC, DMS, AttentionScore, Fold, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
@@ -44,7 +44,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, size in {"STREAMS": 16, "MOVED": 16, "MOVERS": 1}.items():  # the interpreter takes programs one by one
         monkeypatch.setattr(update_triton, name, size)
-    for module in (update, extend):
+    for module in (update, extend, fork):
         monkeypatch.setattr(module, "_on_gpu", lambda pool: True)
     monkeypatch.setattr(decode, "attend", decode.on_gpu)
     monkeypatch.setattr(decode, "plan", decode.plan_on_gpu)
@@ -99,3 +99,38 @@ def test_answers(kind: str, family: str, request: pytest.FixtureRequest) -> None
     core.close()
     assert answers.pop("nan") == []
     assert answers == {name: ids[0, -TOKENS:].tolist() for name, ids in wanted.items()}
+
+
+def test_shared(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A prompt that begins as another one, and the next turn: rows are forked, kept and dropped."""
+    for module in ("prefixes", "pages"):
+        monkeypatch.setattr(f"kvpleat.engine.{module}.LEAST", 8)
+    model = models.tiny("llama", dtype=torch.float32, num_hidden_layers=2, num_attention_heads=4)
+    policy, text = policy_of(model, "fold"), models.prompt(30, seed=1)[0].tolist()
+    prompts = {"first": text[:23], "second": [*text[:20], 7, 8], "third": [*text[:23], 9]}
+    answers: dict[str, list[int]] = {}
+    with compress(model, policy):
+        for name, tokens in prompts.items():
+            ids = torch.tensor([tokens])
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": TOKENS, "do_sample": False}
+            answers[name] = model.generate(ids, **options)[0, -TOKENS:].tolist()
+    request.getfixturevalue("on_triton")
+    core = EngineCore(model, policy, kv_memory="256KiB", max_num_seqs=2, max_num_batched_tokens=25, max_model_len=64)
+    found: dict[str, list[int]] = {name: [] for name in prompts}
+    cached = {}
+    for name, tokens in prompts.items():
+        core.add(Request(name, tuple(tokens), SamplingParams(temperature=0.0, max_tokens=TOKENS)))
+    while core.unfinished:
+        for news in core.step():
+            found[news.request_id] += news.token_ids
+            cached[news.request_id] = news.num_cached_tokens
+    for _ in range(2):
+        core.step()
+    check_integrity(core.runner.pool)
+    core.reset_prefix_cache()
+    core.step()
+    check_integrity(core.runner.pool)
+    assert int(core.runner.pool.free_count) == core.runner.pool.holders.numel()
+    core.close()
+    assert found == answers
+    assert cached == {"first": 0, "second": 20, "third": 20}

@@ -42,9 +42,10 @@ def new_core(bench: Bench, model: Any, policy: Any, memory: int | None, seats: i
     if bench.compile:  # or what was compiled for other policies counts against what torch.compile will compile
         torch._dynamo.reset()
     options = {"max_num_batched_tokens": max(bench.step_tokens, seats), "compile": bench.compile, **options}
-    return EngineCore(
-        model, policy, kv_memory=memory, max_num_seqs=seats, max_model_len=length, page_size=bench.page_size, **options
-    )
+    return EngineCore(  # random prompts have no beginnings to share
+        model, policy, kv_memory=memory, max_num_seqs=seats, max_model_len=length, page_size=bench.page_size,
+        enable_prefix_caching=False, **options,
+    )  # fmt: skip
 
 
 def fitting(policy: Any, model: Any, tokens: int, memory: int, page_size: int) -> int:
