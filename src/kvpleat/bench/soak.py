@@ -92,8 +92,9 @@ def soak(it: Served, name: str, seconds: float, seed: int, device: torch.device)
             found.counts["steps"] += 1
             if found.counts["steps"] % 64 == 0:
                 check_integrity(core.runner.pool)
-    for _ in range(2):
+    for _ in range(3):
         core.step()  # what the last rows left is given back
+        core.reset_prefix_cache()
     found.counts["preempted"] = core.scheduler.preemptions
     _inspect(core, found)
     found.growth = process_bytes(device) - warm
@@ -124,7 +125,7 @@ def _inspect(core: EngineCore, found: Outcome) -> None:
 
 def compare(it: Served, found: Outcome) -> None:
     """Repeat the samples that were kept, each alone in an engine with room for it."""
-    core = core_for(it, found.policy, None, seats=1)
+    core = core_for(it, found.policy, None, seats=1, enable_prefix_caching=False)
     desk = Desk(core)
     for sample in found.kept:
         request = sample.request
