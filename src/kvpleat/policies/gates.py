@@ -132,9 +132,9 @@ class Gates(nn.Module):
             inner: Any = self.inner[layer]
             x = nn.functional.silu(nn.functional.linear(x, inner.weight.float(), inner.bias.float()))
         outer: Any = self.outer[layer]
-        # One call in place of three: every layer of every decoded token makes it.
-        logits = torch.addmm(outer.bias.float(), x.flatten(0, -2), outer.weight.float().T, alpha=self.config.scale)
-        grouped = logits.view(*x.shape[:-1], self.config.outputs, self.config.num_kv_heads)
+        # Not addmm, which would scale and add in the same call: where the factor is not 1 it takes twice as long.
+        logits: Tensor = nn.functional.linear(x, outer.weight.float()) * self.config.scale + outer.bias.float()
+        grouped: Tensor = logits.unflatten(-1, (self.config.outputs, self.config.num_kv_heads))
         return grouped.permute(2, 0, 3, 1)
 
     def __repr__(self) -> str:
