@@ -15,11 +15,11 @@ from kvpleat.engine.attach import Attached
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.params import Request, SamplingParams
-from kvpleat.engine.rows import Feed, Plan, Row
+from kvpleat.engine.rows import Feed, Fork, Frozen, Plan, Row
 from kvpleat.engine.runner import Runner, packed
 from kvpleat.engine.sizes import ladder, parse_bytes
 from kvpleat.errors import OptionError
-from kvpleat.kernels import decode, extend, prefill, update
+from kvpleat.kernels import decode, extend, fork, prefill, update
 from kvpleat.policies import DMC, DMS, AttentionScore, Fold, Full, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
 from tests import models
@@ -110,7 +110,8 @@ def attended(q: Tensor, *_: Any, **__: Any) -> Tensor:
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU kernels are plain torch, which may read: here they do nothing."""
     for module, names in (
-        (update, ("append", "step", "reserve_token", "evict", "give_back", "release")),
+        (update, ("append", "step", "reserve_token", "reserve", "evict", "give_back", "release")),
+        (fork, ("_copy",)),
         (extend, ("reserve", "append")),
     ):
         for name in names:
@@ -126,14 +127,14 @@ def runner(request: pytest.FixtureRequest, no_kernels: None) -> Iterator[Runner]
     family = request.param if request.param in models.FAMILIES else "llama"
     model = models.tiny(family, dtype=torch.float32)
     attached = Attached(model, policy_of(model, request.param), 16)
-    yield Runner(attached, num_pages=64, num_seats=4, length=64, end_ids=(), eager=False)
+    yield Runner(attached, num_pages=64, num_seats=4, length=64, end_ids=(), eager=False, frozen=3)
     attached.close()
 
 
 @pytest.mark.parametrize("runner", ["full", "gpt2", "gemma2", "attention", "dms", "fold", "dmc"], indirect=True)
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "logprobs": 2}])
 def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step with prompts, one without, and one before which a row leaves; and moments of a policy."""
+    """A step with prompts, one without, one before which a row leaves; forks; and moments of a policy."""
     monkeypatch.setattr("kvpleat.policies.attention.known_empty", lambda counts: False)  # as for a GPU
     monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("a tensor is read"))
     steps = [
@@ -148,6 +149,11 @@ def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: 
         feed.row.seat = feed.seat
     steps[0].seated = [feed.row for feed in steps[0].chunks]
     steps[2].released, steps[2].clear = [(1, steps[1].tokens[0].row)], True
+    gone = steps[1].tokens[0].row
+    frozen = [Frozen(row, None, gone) for row in (4, 5, 6)]
+    steps[1].taken = [Fork(steps[1].chunks[0].row, 0, frozen[0])]
+    steps[2].kept, steps[2].dropped = [Fork(gone, 1, frozen[1])], [6]
+    steps[3].begun = [Fork(steps[3].chunks[0].row, 2, frozen[2])]
     for plan in steps:
         with NoReads():
             runner.launch(plan)

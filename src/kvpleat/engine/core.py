@@ -6,10 +6,12 @@ of the token. Up to rounding: a product of matrices of another size adds up in a
 prompt what was decoded before, and a request that begins with what another one computed has its prompt cut elsewhere.
 So the same requests in the same order give the same bits in a new engine, and a request in another batch or after
 preemption gives others: in float32 on a CPU log probabilities agree to 1e-5 (a test holds this; `python -m
-kvpleat.bench.soak --only identical` prints what it is on other devices and in fewer bits). Tokens are the same unless two are as likely as each other to that precision, or a gate's number lies that near to 0. Under AttentionScore
-the cache also depends on where the prompt ended, so preemption feeds the prompt as a prompt and the rest as what was
+kvpleat.bench.soak --only identical` prints what it is on other devices and in fewer bits). Tokens are the same unless
+two are as likely as each other to that precision, or a gate's number lies that near to 0. Under AttentionScore the
+cache also depends on where the prompt ended, so preemption feeds the prompt as a prompt and the rest as what was
 generated, cut at the same moments (engine/moments.py): the same decisions up to that rounding, unless two entries score
-alike to it. Nothing that one row computes is read by another, so a NaN stays where it is.
+alike to it. Nothing that one row computes is read by another, so a NaN stays where it is: what a row of NaN froze for
+others to begin with is dropped.
 """
 
 import traceback
