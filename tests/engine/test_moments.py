@@ -96,7 +96,9 @@ def test_observed(seed: int) -> None:
     def compare(i: int) -> None:
         position, since = fed[i], calendar.last(prompts[i], fed[i] - 1)
         for layer in range(2):
-            for mine, its in zip(observed.recent(layer, i, position), wanted.recent(layer, i, position), strict=True):
+            for mine, its in zip(
+                observed.recent(range(layer, layer + 1), i, position), wanted.recent(layer, i, position), strict=True
+            ):
                 assert torch.equal(mine, its)
             found = observed.sampled(layer, rows[i], since, position) if position <= prompts[i] else None
             assert (found is None) == ((i, layer) not in wanted.samples)
@@ -137,9 +139,12 @@ def test_observed(seed: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_same_entries(name: str, family: str) -> None:
+@pytest.mark.parametrize("at_once", [1, 20_000, 2**25])
+def test_the_same_entries(name: str, family: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a prompt in chunks and some tokens the cache holds the entries of the one-model wrapper: the same positions
-    in every stream, with keys, values, weights and scores that differ by rounding."""
+    in every stream, with keys, values, weights and scores that differ by rounding. It does not matter how many layers
+    are looked at in one go while decoding."""
+    monkeypatch.setattr("kvpleat.engine.decisions.AT_ONCE", at_once)
     model, policy, prompt, tokens = models.tiny(family, dtype=torch.float32), POLICIES[name], 260, 14
     ids = models.prompt(prompt, seed=5)
     with compress(model, policy) as pleated:

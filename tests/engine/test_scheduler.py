@@ -69,7 +69,7 @@ class Device:
             self.feed(plan)
         wide = 1 + max((feed.seat for feed in plan.feeds), default=0)
         held = [self.pages(seat) for seat in range(wide)]
-        return Counters(self.free, self.failed, held), list(self.next)
+        return Counters(self.free, self.failed, held, [0] * len(held)), list(self.next)
 
     def feed(self, plan: Plan) -> None:
         for feed in plan.tokens:

@@ -2,8 +2,9 @@
 does it for one model. Everything follows from sizes that the host knows, so nothing is read from the device.
 
 Streams lie in pages in any order, and policies see them by position: entries are sorted as they are read, and a
-decision goes back to where they lie. Layers are looked at in their order, as when a prompt runs through
-`kvpleat.compress`, and what is left of them is only noted until all have spoken.
+decision goes back to where they lie. In a prompt layers are looked at in their order, as when it runs through
+`kvpleat.compress`, and what is left of them is only noted until all have spoken. While decoding several are looked at
+as one, because a moment comes often, and launching many small operations is what it would cost.
 """
 
 from dataclasses import dataclass, replace
@@ -21,18 +22,22 @@ from kvpleat.policies.base import LayerScores, Policy
 from kvpleat.types import Decision, PolicyInput
 
 NOWHERE = 2**31 - 1  # position of a hole: it sorts last
+AT_ONCE = 2**25  # numbers of keys that are looked at in one go: 128 MiB in float32, and some times that beside them
 
 
 @dataclass
 class Held:
-    """The entries of one layer of one row by position, [H, N] each; streams that are shorter than N end in holes.
+    """The entries of one layer of one row by position, or of several with the heads of all, [H, N] each; streams that
+    are shorter than N end in holes.
 
     Args:
+        layers: which ones, of those that the policy sees.
         slots: of the pool; those of holes are another entry's. source: number of the entry in [H * N] whose slot it is.
         order: place in the stream. live: not a hole. keep: what is left of it. positions, scores, log_weights: of each.
         merging: the decision that merges some of them, and what was left when it was made.
     """
 
+    layers: range
     slots: Tensor
     source: Tensor
     order: Tensor
@@ -89,6 +94,7 @@ class Decisions:
         self._policy, self._facts, self._pool = policy, facts, pool
         self._calendar, self._observed = calendar, observed
         self._one = torch.ones(1, dtype=torch.bool, device=pool.key.device)
+        self._numbers = torch.tensor(facts.layers, device=pool.key.device)
 
     def after(self, feeds: list[Feed]) -> None:
         """Decide about the rows that a step brought to a moment."""
@@ -101,49 +107,59 @@ class Decisions:
     def _decide(self, row: Row, seat: int, start: int, moment: int) -> None:
         policy, shape, prompt = self._policy, self._facts.shape, row.prompt_size
         since = self._calendar.last(prompt, start)
-        layers: list[Held] = []
-        for layer in range(shape.num_layers):
-            held, inputs = self._read(row, seat, layer, since, moment)
+        parts: list[Held] = []
+        most = row.most_entries(moment)
+        for layers in self._together(moment > prompt, most):
+            held = self._held(seat, layers, most)
+            inputs = self._read(row, seat, held, since, moment)
             decision = policy.decide(inputs)
             if decision is not None:
                 held.take(decision)
-            layers.append(held)
-            if inputs.competes and moment <= prompt and len(layers) < shape.num_layers:
-                self._compete(layers, moment)
+            parts.append(held)
+            if moment == prompt and layers.stop < shape.num_layers:
+                self._compete(parts, moment)
         if moment >= prompt:
-            self._compete(layers, moment)
-        for layer, held in enumerate(layers):
-            self._apply(seat, self._facts.layers[layer], held)
+            self._compete(parts, moment)
+        for held in parts:
+            self._apply(seat, held)
 
-    def _compete(self, layers: list[Held], moment: int) -> None:
+    def _together(self, decoding: bool, most: int) -> list[range]:
+        """Layers that are looked at as one, with streams of up to `most` entries."""
+        shape, step = self._facts.shape, 1
+        if decoding and self._policy.decides_at_once and len(set(self._facts.logits)) == 1:
+            step = max(1, AT_ONCE // (shape.num_kv_heads * most * shape.head_dim))
+        return [range(i, min(i + step, shape.num_layers)) for i in range(0, shape.num_layers, step)]
+
+    def _compete(self, parts: list[Held], moment: int) -> None:
         """Let layers compete, where they hold more than the row's budget."""
         policy, shape = self._policy, self._facts.shape
-        over = policy.over_budget(torch.stack([held.keep.sum(1) for held in layers]), moment, shape)
+        counts = torch.cat([held.keep.sum(1) for held in parts]).view(-1, shape.num_kv_heads)
+        over = policy.over_budget(counts, moment, shape)
         if over is False:
             return
         seen = []
-        for held in layers:
+        for held in parts:
             assert held.scores is not None
             seen.append(LayerScores(held.scores, held.positions, held.keep, held.log_weights))
-        decisions = policy.squeeze(seen, moment, shape, final=len(layers) == shape.num_layers)
-        for held, decision in zip(layers, decisions, strict=True):
+        decisions = policy.squeeze(seen, moment, shape, final=len(counts) == shape.num_layers)
+        for held, decision in zip(parts, decisions, strict=True):
             held.take(decision, over)
 
-    def _read(self, row: Row, seat: int, layer: int, since: int, moment: int) -> tuple[Held, PolicyInput]:
-        """One layer of one row, and what the policy sees of it."""
+    def _read(self, row: Row, seat: int, held: Held, since: int, moment: int) -> PolicyInput:
+        """What the policy sees of some layers of a row."""
         pool, facts, prompt = self._pool, self._facts, row.prompt_size
-        held = self._held(seat, facts.layers[layer], moment)
+        layers = held.layers
         keys, values = (_entries(array, held.slots) for array in (pool.key, pool.value))
         queries: tuple[Tensor | None, Tensor | None] = (None, None)
         samples: tuple[Tensor | None, Tensor | None] = (None, None)
         if self._observed is not None:
-            queries = self._observed.recent(layer, seat, moment)
-            found = self._observed.sampled(layer, row, since, moment) if moment <= prompt else None
+            queries = self._observed.recent(layers, seat, moment)
+            found = self._observed.sampled(layers.start, row, since, moment) if moment <= prompt else None
             samples = queries if found is None else found
-        scale, softcap = facts.logits[layer]
-        return held, PolicyInput(
+        scale, softcap = facts.logits[layers.start]
+        return PolicyInput(
             position=moment,
-            layer=layer,
+            layer=layers.start,
             shape=facts.shape,
             positions=held.positions,
             live=held.live,
@@ -163,22 +179,24 @@ class Decisions:
             competes=moment >= prompt,
         )
 
-    def _held(self, seat: int, layer: int, most: int) -> Held:
-        """The entries of one row in one layer of the model, `most` of a stream at most."""
-        pool, size = self._pool, self._pool.shape.page_size
-        lengths = pool.lengths[seat, layer]
+    def _held(self, seat: int, layers: range, most: int) -> Held:
+        """The entries of one row in some layers, `most` of a stream at most."""
+        pool, size, numbers = self._pool, self._pool.shape.page_size, self._numbers[layers.start : layers.stop]
+        lengths, table = (x[seat].index_select(0, numbers).flatten(0, 1) for x in (pool.lengths, pool.page_table))
         index = torch.arange(most, device=lengths.device).expand(lengths.shape[0], -1)
         live = index < lengths[:, None]
-        slots = pool.page_table[seat, layer].long().gather(1, index // size).clamp(min=0) * size + index % size
+        slots = table.gather(1, index // size).clamp(min=0).long() * size + index % size
         order = torch.where(live, _entries(pool.arrays["position"], slots), NOWHERE).argsort(dim=1)
         # Live entries come first now. Holes are another entry, so that whatever is done to all of them is done to it.
         first = lengths.argmax() * most
         source = torch.where(live, torch.arange(live.numel(), device=live.device).view_as(live), first)
         slots = slots.gather(1, order).flatten()[source]
         arrays = {name: _entries(pool.arrays[name], slots) for name in pool.shape.fields}
-        return Held(slots, source, order, live, live, arrays["position"], arrays.get("score"), arrays.get("log_weight"))
+        return Held(
+            layers, slots, source, order, live, live, arrays["position"], arrays.get("score"), arrays.get("log_weight")
+        )
 
-    def _apply(self, seat: int, layer: int, held: Held) -> None:
+    def _apply(self, seat: int, held: Held) -> None:
         """Write what merged and what was scored, and let go of what is not kept."""
         pool = self._pool
         if held.merging is not None:
@@ -199,7 +217,8 @@ class Decisions:
             row_pages=pool.row_pages[row],
         )  # fmt: skip
         keep = torch.zeros_like(held.keep).scatter(1, held.order, held.keep)
-        update.evict(alone, layer, keep[None], self._one)
+        for layer, kept in zip(held.layers, keep.chunk(len(held.layers)), strict=True):
+            update.evict(alone, self._facts.layers[layer], kept[None], self._one)
 
     def _write(self, held: Held, array: Tensor, new: Tensor) -> None:
         """New values [H, N, ...] of all entries; the old ones where the step has failed."""

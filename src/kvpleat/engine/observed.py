@@ -115,10 +115,10 @@ class Observed:
         self._samples[feed.row] = [*earlier, new]
         return Pick(at + skipped, at + feed.size, stride, new.queries)
 
-    def recent(self, layer: int, seat: int, position: int) -> tuple[Tensor, Tensor]:
-        """The last min(W, position) queries before `position`: ([Q, w, D], [w] positions)."""
+    def recent(self, layers: range, seat: int, position: int) -> tuple[Tensor, Tensor]:
+        """The last min(W, position) queries before `position`: ([Q, w, D], [w] positions), Q of all these layers."""
         positions = torch.arange(max(0, position - self._window), position, device=self.last.device)
-        return self.last[seat, layer][:, positions % self._window], positions
+        return self.last[seat, layers.start : layers.stop].flatten(0, 1)[:, positions % self._window], positions
 
     def sampled(self, layer: int, row: Row, since: int, position: int) -> tuple[Tensor, Tensor] | None:
         """Of tokens [since, position) of a prompt ([Q, M, D], [M] positions); None: none were sampled."""

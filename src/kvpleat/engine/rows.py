@@ -17,7 +17,7 @@ class Limits:
         seats: rows that run at a time. step_tokens: of a step, no fewer. length: of a row, in tokens.
         pages: of the pool. page_size: entries of one. streams: of a row.
         expected: entries of a stream that a row of so many tokens is expected to hold, mean over streams.
-        peak: those that a prompt of so many tokens needs on its way; None: no more than `expected`.
+        peak: those that a prompt of so many tokens needs on its way; None: as `expected` says.
         calendar: moments that a chunk must not go past; None: there are none.
         uneven: whether streams of a row differ in length, so that the last page of each is half full in the mean.
         frozen: rows of the pool, behind the seats, that keep beginnings of texts; 0: these are not shared.
@@ -53,12 +53,13 @@ class Limits:
 
 class Counters(NamedTuple):
     """What the device counted at the end of a step: free pages; pages that were missing, 0 if it went well; pages that
-    the row in each seat holds, as far as the step was wide; of each fork pages that are shared (-1: it did not happen)
-    and pages that the copy has."""
+    the row in each seat holds, and those of its longest stream, as far as the step was wide; of each fork pages that
+    are shared (-1: it did not happen) and pages that the copy has."""
 
     free: int
     missing: int
     held: list[int]
+    longest: Sequence[int] = ()
     forked: Sequence[tuple[int, int]] = ()
 
 
@@ -136,6 +137,7 @@ class Row(Holder):
         tokens: prompt and output, as far as the host knows. drawn: how many there are on the device.
         goal: those to feed as a prompt. fed: those in the cache; both counts include the step that runs.
         seat: None while it waits. needs: pages that it gave up.
+        longest: entries that its longest stream had room for when `counted` tokens were fed.
         stuck: position of a token that the device had no memory for, alone. reason: why it ended.
         cached: tokens of its prompt that others had computed. node: where its text is in the tree of texts.
     """
@@ -150,6 +152,8 @@ class Row(Holder):
     fed: int = 0
     seat: int | None = None
     needs: int = 0
+    longest: int = 0
+    counted: int = 0
     stuck: int | None = None
     reason: str | None = None
     cached: int = 0
@@ -163,6 +167,10 @@ class Row(Holder):
     def prompt_size(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)
+
+    def most_entries(self, tokens: int) -> int:
+        """Entries that a stream has at most once so many tokens were fed."""
+        return min(tokens, self.longest + tokens - self.counted)
 
     @property
     def decodes(self) -> bool:

@@ -33,9 +33,9 @@ POSITIONS, ACTIVE, NUMBERS, DRAWS, RELEASED = range(5)  # lines of what the host
 
 
 class Launched(NamedTuple):
-    """A step that runs or has run. counted: [2 + 2 n] int64 free and missing pages, pages of each seat, its token;
-    sampled: with logprobs, where somebody asked. forked: [2, F] what `fork` told. All on the host, written once `done`
-    has come."""
+    """A step that runs or has run. counted: [2 + 3 n] int64 free and missing pages, pages of each seat, those of its
+    longest stream, its token; sampled: with logprobs, where somebody asked. forked: [2, F] what `fork` told. All on the
+    host, written once `done` has come."""
 
     plan: Plan
     counted: Tensor
@@ -254,9 +254,9 @@ class Runner:
         return torch.cat([self._counted(n), sampled.tokens]), sampled
 
     def _counted(self, n: int) -> Tensor:
-        """[2 + n] int64 free pages, missing ones, and those of each seat."""
-        pool = self.pool
-        return torch.cat([pool.free_count.long(), pool.failed.long(), pool.num_pages[:n].sum((1, 2))])
+        """[2 + 2 n] int64 free pages, missing ones, those of each seat and those of its longest stream."""
+        pool, pages = self.pool, self.pool.num_pages[:n]
+        return torch.cat([pool.free_count, pool.failed, pages.sum((1, 2)), pages.amax((1, 2))]).long()
 
     # ---- between host and device
 
@@ -268,14 +268,14 @@ class Runner:
         free, missing, *rest = launched.counted.tolist()
         if self._observed is not None and not missing:
             self._observed.settle(launched.plan.feeds)
-        held, tokens = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        held, longest, tokens = (rest[i * len(rest) // 3 : (i + 1) * len(rest) // 3] for i in range(3))
         drawn = [
             (feed, tokens[feed.seat], record(launched.sampled, feed.row.request.params.logprobs, feed.seat))
             for feed in launched.plan.feeds
             if feed.draws
         ]
         forked = [] if launched.forked is None else launched.forked.T.tolist()
-        return Counters(free, missing, held, forked), drawn
+        return Counters(free, missing, held, longest, forked), drawn
 
     def _columns(self, plan: Plan) -> int:
         """Pages of the longest stream that there can be; on a GPU nobody reads more than lengths say."""

@@ -183,6 +183,10 @@ class Scheduler:
         for row in self.running:
             if row.seat is not None and row.seat < len(counters.held) and row not in new:
                 row.held = counters.held[row.seat]
+        for feed in plan.feeds if counters.longest and not counters.missing else ():
+            if feed.row.seat == feed.seat and feed.row not in new:
+                longest = counters.longest[feed.seat] * self.limits.page_size
+                feed.row.longest, feed.row.counted = longest, feed.start + feed.size
         void = later.kept + later.taken if later and counters.missing else []
         for each in (later, plan) if counters.missing else ():
             for row in each.take_back() if each else ():
@@ -254,7 +258,7 @@ class Scheduler:
     def _leave(self, row: Row) -> None:
         assert row.seat is not None
         self._leaving.append((row.seat, row))
-        row.seat = None
+        row.seat, row.longest, row.counted = None, 0, 0
         self.running.remove(row)
 
     # ---- pages

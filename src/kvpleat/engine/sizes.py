@@ -124,6 +124,7 @@ def limits(
     longest = shape.num_streams * -(-length // shape.page_size)
     most = seats * longest  # all that rows that run could ever use
     fixed, page = fixed_bytes(policy, facts, seats, length), pool_bytes(shape, policy.delayed, 0, 1, 0)[0]
+    at_moments = decides(policy, facts.shape)
     found = Limits(
         seats=seats,
         step_tokens=step_tokens,
@@ -132,8 +133,8 @@ def limits(
         page_size=shape.page_size,
         streams=shape.num_streams,
         expected=_over_all_layers(policy.expected_entries, facts),
-        peak=_over_all_layers(policy.peak_entries, facts),
-        calendar=Calendar(policy, facts.shape) if decides(policy, facts.shape) else None,
+        peak=_over_all_layers(policy.peak_entries, facts) if at_moments else None,
+        calendar=Calendar(policy, facts.shape) if at_moments else None,
         uneven=policy.delayed is not None,
     )
     needed = min(max(found.pages_for(length), found.peak_pages(length)) + shape.num_streams, most)

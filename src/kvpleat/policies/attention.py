@@ -75,6 +75,7 @@ class AttentionScore(Policy):
     )
     fields: ClassVar[tuple[str, ...]] = ("position", "log_weight", "score")
     uses_prompt_end: ClassVar[bool] = True
+    decides_at_once: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +165,8 @@ class AttentionScore(Policy):
             return replace(self._fold(layer, candidates, ranking, room, reserve), scores=scores)
         share = LAYER_CAP / inputs.shape.num_layers if inputs.competes else inputs.layer_share
         budget = int(self._pages(inputs.position, inputs.shape) * min(1.0, share))
-        room = share_pages(candidates, ranking, budget, self.floor, 0, size)
+        layers = inputs.live.shape[0] // inputs.shape.num_kv_heads
+        room = share_pages(candidates, ranking, budget, self.floor, 0, size, layers)
         if inputs.competes:  # what remains is settled between the layers, in `squeeze`
             return Decision(
                 keep=candidates.protected | (candidates.live & (ranking.rank < room[:, None])), scores=scores
@@ -181,11 +183,12 @@ class AttentionScore(Policy):
     def squeeze(self, layers: list[LayerScores], position: int, shape: KVShape, final: bool) -> list[Decision]:
         candidates = Candidates.stack([self._candidates(layer, position, shape) for layer in layers])
         ranking, reserve = rank(candidates), self._reserve(position)
-        floor = self.floor * len(layers) / shape.num_layers
+        floor = self.floor * (len(ranking.count) // shape.num_kv_heads) / shape.num_layers
         room = share_pages(candidates, ranking, self._pages(position, shape), floor, reserve, shape.page_size)
-        decisions = []
-        for i, layer in enumerate(layers):
-            heads, width = slice(i * shape.num_kv_heads, (i + 1) * shape.num_kv_heads), layer.live.shape[1]
+        decisions, before = [], 0
+        for layer in layers:
+            (count, width), heads = layer.live.shape, slice(before, before + layer.live.shape[0])
+            before += count
             part = Candidates(*(x[heads, :width] for x in (candidates.scores, candidates.live, candidates.protected)))
             its = Ranking(ranking.scores[heads, :width], ranking.rank[heads, :width], ranking.count[heads])
             if final:

@@ -36,6 +36,8 @@ class Policy(ABC):
     fields: ClassVar[tuple[str, ...]] = ()
     observation_window = 0  # last queries of each row and layer that `decide` wants to see (W)
     uses_prompt_end: ClassVar[bool] = False  # whether the end of a prompt is a moment too
+    # Whether `decide` and `squeeze` take several layers as if they were one, with the heads of all.
+    decides_at_once: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)

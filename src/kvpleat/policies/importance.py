@@ -96,4 +96,4 @@ def carry(old: Tensor | None, new: Tensor, tokens: int, half_life: float) -> Ten
 
 def _grouped(inputs: PolicyInput, queries: Tensor) -> Tensor:
     """[Q, W, D] -> [H, G, W, D]."""
-    return queries.reshape(inputs.shape.num_kv_heads, inputs.shape.group_size, *queries.shape[1:])
+    return queries.reshape(inputs.live.shape[0], inputs.shape.group_size, *queries.shape[1:])

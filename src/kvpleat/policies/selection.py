@@ -51,12 +51,12 @@ def rank(candidates: Candidates) -> Ranking:
 
 
 def share_pages(
-    candidates: Candidates, ranking: Ranking, budget: int, floor: float, reserve: int, page_size: int
+    candidates: Candidates, ranking: Ranking, budget: int, floor: float, reserve: int, page_size: int, groups: int = 1
 ) -> Tensor:
     """Entries each stream may keep beside its protected ones, so that all streams together hold at most `budget` pages.
 
     Args:
-        candidates, ranking: the streams.
+        candidates, ranking: the streams. groups: of equally many streams that each have such a budget.
         budget: pages. Exceeded only where protected entries and floors alone need more.
         floor: share of an equal part of the budget that every stream gets.
         reserve: entries a stream will grow by before the next moment; its pages must hold them too.
@@ -68,7 +68,7 @@ def share_pages(
     protected = candidates.protected.sum(1)
     most = -(-(candidates.live.sum(1) + reserve) // page_size)
     base = -(-(protected + reserve) // page_size)
-    base = torch.minimum(torch.clamp(base, min=int(floor * budget / len(base))), most)
+    base = torch.minimum(torch.clamp(base, min=int(floor * budget * groups / len(base))), most)
     room = base * page_size - reserve - protected  # open entries that the base pages hold
     # As many as the widest stream could use, so that nothing is read from a device; the others are worth less than 0.
     steps = torch.arange(-(-(candidates.live.shape[1] + reserve) // page_size) + 1, device=room.device)
@@ -76,9 +76,10 @@ def share_pages(
     sums = F.pad(ranking.scores.clamp(min=0).double().cumsum(1), (1, 0))
     worth = sums.gather(1, edges.clamp(max=sums.shape[1] - 1)).diff(dim=1)  # of each further page
     worth = worth.masked_fill(edges[:, :-1] >= ranking.count[:, None], -1.0)
-    place = torch.arange(worth.numel(), device=room.device)
-    order = worth.flatten().sort(descending=True, stable=True).indices
-    best = torch.zeros_like(place, dtype=torch.bool).scatter(0, order, place < budget - base.sum())
+    order = worth.view(groups, -1).sort(dim=1, descending=True, stable=True).indices
+    place = torch.arange(order.shape[1], device=room.device)
+    free = budget - base.view(groups, -1).sum(1, keepdim=True)
+    best = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, place < free)
     return room + page_size * (best.view_as(worth) & (worth >= 0)).sum(1)
 
 
