@@ -141,6 +141,26 @@ def test_computed_once(kind: str) -> None:
     engine.check()
 
 
+@pytest.mark.parametrize(("kind", "family"), [("dms", "gemma2"), ("window", "gemma3_text"), ("full", "gpt2")])
+def test_families(kind: str, family: str) -> None:
+    """Sliding windows of the model's own are copied; what texts have in common is still computed once."""
+    answers = []
+    for sharing in (True, False):
+        options = {"max_num_batched_tokens": 64, "max_model_len": 120, "enable_prefix_caching": sharing}
+        with test_core.Engine(kind, family, **options) as engine:
+            for number, parts in enumerate([((1, 50), (2, 30))] * 2 + [((1, 50), (3, 20))]):
+                params, name = SamplingParams(temperature=0.0, max_tokens=LONGEST), str(number)
+                engine.core.add(Request(name, prompt_of(parts), params))
+                engine.answers[name], engine.reasons[name], engine.logprobs[name] = [], None, []
+            cached: dict[str, int] = {}
+            while engine.core.unfinished:
+                cached |= {news.request_id: news.num_cached_tokens for news in engine.step()}
+            assert cached == ({"0": 0, "1": 79, "2": 50} if sharing else {"0": 0, "1": 0, "2": 0})
+            engine.run()
+        answers.append(engine.answers)
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("kind", ["full", "dms", "fold"])
 def test_pages_are_shared(kind: str) -> None:
     """Several rows that run have pages in common: fewer are in use than they hold together."""
