@@ -32,12 +32,10 @@ def form(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, 
     i, channel = block * B + tl.arange(0, B), tl.arange(0, CHANNELS)[None, :]
     on = i < formed
     joined = tl.load(carries + i, mask=on, other=float("-inf")) > float("-inf")
-    x, y, u, z = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, i, on, key_token,
-                        value_token, D, CHANNELS, HALF, WIDTH, KNOWN, WEIGHS, False)  # fmt: skip
+    x, u, z = _weighed(k, v, cos, sin, shares, i, on, HALF, WEIGHS)
     if SUMS:
-        x, y, u, z = _summed(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, x, y, u, z, young,
-                             block, formed, key_token, value_token, D, CHANNELS, HALF, WIDTH, KNOWN, WEIGHS,
-                             B)  # fmt: skip
+        x, u, z = _summed(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, x, u, z, young, block,
+                          formed, key_token, value_token, D, CHANNELS, HALF, WIDTH, KNOWN, WEIGHS, B)  # fmt: skip
         newest = (i == tl.where(going, formed, 0) - 1)[:, None]
         tl.store(members + channel + 0 * i[:, None], x, mask=newest & (channel < D))
         tl.store(members + D + channel + 0 * i[:, None], u, mask=newest & (channel < D))
@@ -47,42 +45,40 @@ def form(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, 
         for back in range(1, KNOWN + 1):
             share *= tl.exp(_carry(carries, before_carry, i - back + 1, on, KNOWN))
             some = share > 0
-            a, b, c, d = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, i - back,
-                                on & some, key_token, value_token, D, CHANNELS, HALF, WIDTH, KNOWN, WEIGHS,
-                                True)  # fmt: skip
-            x, y = x + tl.where(some, share, 0.0)[:, None] * a, y + tl.where(some, share, 0.0)[:, None] * b
-            u, z = u + tl.where(some, share, 0.0)[:, None] * c, z + tl.where(some, share, 0.0) * d
+            a, c, d = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, i - back, on & some,
+                             key_token, value_token, D, CHANNELS, HALF, WIDTH, KNOWN, WEIGHS)  # fmt: skip
+            some_share = tl.where(some, share, 0.0)
+            x, u = x + some_share[:, None] * a, u + some_share[:, None] * c
+            z += some_share * d
         if (formed > block * B) & (formed <= block * B + B):
             for n in range(0, KNOWN, B):
                 j = n + tl.arange(0, B)
                 there = j < tl.where(going, KNOWN, 0)
-                a, b, c, d = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young,
-                                    formed - KNOWN + j, there, key_token, value_token, D, CHANNELS, HALF, WIDTH, KNOWN,
-                                    WEIGHS, True)  # fmt: skip
+                a, c, d = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young,
+                                 formed - KNOWN + j, there, key_token, value_token, D, CHANNELS, HALF, WIDTH, KNOWN,
+                                 WEIGHS)  # fmt: skip
                 line = members + j[:, None] * WIDTH
                 tl.store(line + channel, a, mask=there[:, None] & (channel < D))
                 tl.store(line + D + channel, c, mask=there[:, None] & (channel < D))
                 tl.store(members + j * WIDTH + 2 * D, d, mask=there)
                 tl.store(member_carry + j, _carry(carries, before_carry, formed - KNOWN + j, there, KNOWN), mask=there)
-    c, s = _angles(cos, sin, i[:, None], channel, on[:, None], HALF)
     z = tl.where(on, z, 1.0)
-    mean = x / z[:, None]
-    if HALF > 0:
-        mean = mean * c - y / z[:, None] * s
+    mean = _turned(x / z[:, None], cos, sin, i, on, -1.0, HALF)
     k = tl.where(joined[:, None], mean.to(k.dtype), k)
     v = tl.where(joined[:, None], (u / z[:, None]).to(v.dtype), v)
     return k, v, z
 
 
 @triton.jit
-def _angles(cos, sin, i, channel, on, HALF: tl.constexpr):
-    """How channels of keys i turn with their partners: [B, CHANNELS] each."""
-    c, s = tl.full(channel.shape, 1.0, tl.float32), tl.zeros(channel.shape, tl.float32)
+def _turned(x, cos, sin, i, on, way, HALF: tl.constexpr):
+    """Keys i [B, CHANNELS] turned back from their positions, or to them (way -1)."""
     if HALF > 0:
-        turns, at = on & (channel < 2 * HALF), i.to(tl.int64) * HALF + channel % HALF
+        channel, line = tl.arange(0, x.shape[1])[None, :], i[:, None]
+        turns, at = on[:, None] & (channel < 2 * HALF), line.to(tl.int64) * HALF + channel % HALF
         c, s = tl.load(cos + at, mask=turns, other=1.0), tl.load(sin + at, mask=turns, other=0.0)
-        s = tl.where(channel < HALF, s, -s)
-    return c, s
+        partner = tl.where(channel < HALF, channel + HALF, tl.where(channel < 2 * HALF, channel - HALF, channel))
+        x = x * c + tl.gather(x, partner + 0 * line, 1) * tl.where(channel < HALF, s, -s) * way
+    return x
 
 
 @triton.jit
@@ -93,49 +89,46 @@ def _carry(carries, before_carry, i, on, KNOWN: tl.constexpr):
 
 
 @triton.jit
-def _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, i, on, key_token, value_token,
-           D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr,
-           WEIGHS: tl.constexpr, BEFORE: tl.constexpr):  # fmt: skip
-    """What keys i add to their groups: key before rotation, the same of each channel's partner, value, weight; 0 where
-    not `on`. BEFORE: i may be below 0."""
-    channel = tl.arange(0, CHANNELS)[None, :]
-    i, own = i[:, None], (on & (i >= 0))[:, None]
-    wide = own & (channel < D)
-    x = raw(keys, raw_keys, young, i, channel, wide, key_token, D).to(tl.float32)
-    u = raw(values, raw_values, young, i, channel, wide, value_token, D).to(tl.float32)
-    y, z = x, own.to(tl.float32)
-    partner = channel
-    if HALF > 0:
-        partner = tl.where(channel < HALF, channel + HALF, tl.where(channel < 2 * HALF, channel - HALF, channel))
-        y = raw(keys, raw_keys, young, i, partner, wide, key_token, D).to(tl.float32)
-        c, s = _angles(cos, sin, i, channel, own, HALF)
-        x, y = x * c + y * s, y * c - x * s
+def _weighed(k, v, cos, sin, shares, i, on, HALF: tl.constexpr, WEIGHS: tl.constexpr):
+    """What keys k and values v of keys i add to their groups: key before rotation, value, weight; 0 where not `on`."""
+    x, u, z = k.to(tl.float32), v.to(tl.float32), on.to(tl.float32)
+    x = tl.where(on[:, None], _turned(x, cos, sin, i, on, 1.0, HALF), 0.0)
+    u = tl.where(on[:, None], u, 0.0)
     if WEIGHS:
-        z = tl.load(shares + i, mask=own, other=0.0)
-        x, y, u = x * z, y * z, u * z
-    if BEFORE:
-        line, old = before + (KNOWN + i) * WIDTH, (on[:, None]) & (i < 0)
-        x += tl.load(line + channel, mask=old & (channel < D), other=0.0)
-        y += tl.load(line + partner, mask=old & (channel < D), other=0.0)
-        u += tl.load(line + D + channel, mask=old & (channel < D), other=0.0)
-        z += tl.load(line + 2 * D, mask=old, other=0.0)
-    return x, y, u, tl.sum(z, 1)
+        z = tl.load(shares + i, mask=on, other=0.0)
+        x, u = x * z[:, None], u * z[:, None]
+    return x, u, z
 
 
 @triton.jit
-def _summed(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, x, y, u, z, young, block, formed,
+def _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, i, on, key_token, value_token,
+           D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr,
+           WEIGHS: tl.constexpr):  # fmt: skip
+    """`_weighed` of any keys i, also of those below 0."""
+    channel, line, own = tl.arange(0, CHANNELS)[None, :], i[:, None], on & (i >= 0)
+    wide, old = own[:, None] & (channel < D), (on & (i < 0))[:, None]
+    k = raw(keys, raw_keys, young, line, channel, wide, key_token, D)
+    v = raw(values, raw_values, young, line, channel, wide, value_token, D)
+    x, u, z = _weighed(k, v, cos, sin, shares, i, own, HALF, WEIGHS)
+    at = before + (KNOWN + line) * WIDTH
+    x += tl.load(at + channel, mask=old & (channel < D), other=0.0)
+    u += tl.load(at + D + channel, mask=old & (channel < D), other=0.0)
+    z += tl.load(before + (KNOWN + i) * WIDTH + 2 * D, mask=on & (i < 0), other=0.0)
+    return x, u, z
+
+
+@triton.jit
+def _summed(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, x, u, z, young, block, formed,
             key_token, value_token, D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
             KNOWN: tl.constexpr, WEIGHS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """The sums of the groups after each key of a block: of what they add (x, y, u, z), of the block's own, and of what
-    lies before it as far as the group at its begin reaches."""
+    """The sums of the groups after each key of a block: of what they add (x, u, z), of the block's own, and of what lies
+    before it as far as the group at its begin reaches."""
     lane = tl.arange(0, B)
     total, number = _logs(carries, block * B + lane, block * B + lane < formed)
     reaches = (number[:, None] == number[None, :]) & (lane[:, None] >= lane[None, :])
     share = tl.exp(tl.where(reaches, total[:, None] - total[None, :], float("-inf")).to(tl.float32))
     from_before = tl.exp(tl.where(number == 0, total, float("-inf")).to(tl.float32))
     x = tl.dot(share, x, input_precision="tf32x3")
-    if HALF > 0:
-        y = tl.dot(share, y, input_precision="tf32x3")
     u = tl.dot(share, u, input_precision="tf32x3")
     z = tl.sum(share * z[None, :], 1)
     run = tl.full([], 0.0, tl.float64)  # log of what is left of the block before
@@ -146,16 +139,15 @@ def _summed(keys, values, raw_keys, raw_values, cos, sin, carries, shares, befor
         left, ends = tl.sum(tl.where(lane == B - 1, total, 0.0)), tl.sum(tl.where(lane == B - 1, number, 0))
         part = tl.exp(tl.where(number == ends, run + left - total, float("-inf")).to(tl.float32))
         part = tl.where(j >= -1, part, 0.0)
-        a, b, c, d = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, j, part > 0, key_token,
-                            value_token, D, CHANNELS, HALF, WIDTH, KNOWN, WEIGHS, True)  # fmt: skip
+        a, c, d = _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, j, part > 0, key_token,
+                         value_token, D, CHANNELS, HALF, WIDTH, KNOWN, WEIGHS)  # fmt: skip
         x += from_before[:, None] * tl.sum(part[:, None] * a, 0)[None, :]
-        y += from_before[:, None] * tl.sum(part[:, None] * b, 0)[None, :]
         u += from_before[:, None] * tl.sum(part[:, None] * c, 0)[None, :]
         z += from_before * tl.sum(part * d)
         run += left
         alive = (ends == 0) & (run > GONE)
         p -= 1
-    return x, y, u, z
+    return x, u, z
 
 
 @triton.jit
