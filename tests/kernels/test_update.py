@@ -51,7 +51,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if used.kind == "triton":
         pytest.importorskip("triton")  # conftest.py has it interpreted where there is no GPU
         update_triton = importlib.import_module("kvpleat.kernels.update_triton")
-        sizes = {"STREAMS": 16, "COUNTED": 8, "PLANNED": 128, "MOVED": 16, "MOVERS": 1}
+        sizes = {"STREAMS": 16, "MERGED": 16, "COUNTED": 8, "PLANNED": 128, "MOVED": 16, "MOVERS": 1}
         for name, size in sizes.items():  # the interpreter takes programs one by one: better few of them
             monkeypatch.setattr(update_triton, name, size)
     monkeypatch.setattr(update, "_on_gpu", lambda pool: used.now == "triton")
@@ -249,7 +249,8 @@ def test_what_nothing_joins_stays_bit_for_bit(backend: Backend, name: str) -> No
 def test_any_blocks(backend: Backend, name: str, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many streams a program takes, and with keys and values that are views of one tensor."""
     if backend.kind == "triton":
-        monkeypatch.setattr("kvpleat.kernels.update_triton.STREAMS", streams)
+        for option in ("STREAMS", "MERGED"):
+            monkeypatch.setattr(f"kvpleat.kernels.update_triton.{option}", streams)
     delay = DELAYS[name]
     shape = make_shape(delay, 5)
     both = Both(delay, shape, rotary_of(2), make_pool(shape, delay), seed=streams)

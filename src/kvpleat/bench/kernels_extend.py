@@ -245,15 +245,15 @@ def _seconds(here: Machine, call: Any, layers: int) -> float:
 
 def sweep(here: Machine) -> Iterator[str]:
     """Keys and warps of the programs that write, and entries and warps of those that take a stream's young tokens."""
-    names = ("SETTLED", "SETTLE_WARPS", "MERGE_WARPS", "MOVED", "LEAVE_WARPS")
+    names = ("SETTLED", "MERGED", "SETTLE_WARPS", "MERGE_WARPS", "MOVED", "LEAVE_WARPS")
     kept = {name: getattr(extend_triton, name) for name in names}
     for name, delay in list(DELAYS.items())[1:]:
         steady, found = Steady(delay, 1, 2048, 16, here.device), {}
         extra = _seconds(here, steady.reset, 16)
         for settled, warps, moved, leave in itertools.product((16, 32, 64), (2, 4, 8), (16, 32, 64), (2, 4, 8)):
-            if (settled, warps) != (32, 8 if delay is not None and delay.merges else 4) and (moved, leave) != (32, 4):
+            if (settled, warps) != (16 if delay is not None and delay.merges else 32, 4) and (moved, leave) != (32, 4):
                 continue  # one pair after the other
-            for option, value in zip(names, (settled, warps, warps, moved, leave), strict=True):
+            for option, value in zip(names, (settled, settled, warps, warps, moved, leave), strict=True):
                 setattr(extend_triton, option, value)
             found[settled, warps, moved, leave] = _seconds(here, steady.call, 16) - extra
         for option, value in kept.items():

@@ -137,16 +137,20 @@ def _timed_moment(here: Machine, rows: int, entries: int = 1024, leave: int = 32
 
 def sweep(here: Machine) -> Iterator[str]:
     """Streams and warps of the programs that take in a token."""
-    kept = update_triton.STREAMS, update_triton.WARPS
+    names = "STREAMS", "MERGED", "WARPS"
+    kept = [getattr(update_triton, name) for name in names]
     for rows, (name, delay) in itertools.product((64, 256), {"dms": DMS, "fold": FOLD, "dmc": DMC}.items()):
         layers, found = STREAMS // rows // HEADS, {}
         steady = Steady(delay, rows, layers, here.device)
-        for streams, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4)):
-            update_triton.STREAMS, update_triton.WARPS = streams, warps
+        now = _seconds(here, steady.step, layers)
+        for streams, warps in itertools.product((1, 2, 4, 8), (1, 2, 4)):
+            for option, value in zip(names, (streams, streams, warps), strict=True):
+                setattr(update_triton, option, value)
             found[streams, warps] = _seconds(here, steady.step, layers)
-        update_triton.STREAMS, update_triton.WARPS = kept
+        for option, value in zip(names, kept, strict=True):
+            setattr(update_triton, option, value)
         best = sorted(found, key=lambda at: found[at])[:4]
-        yield f"{name}, {rows} rows: now {found[kept] * 1e6:.2f} us; " + ", ".join(
+        yield f"{name}, {rows} rows: now {now * 1e6:.2f} us; " + ", ".join(
             f"{found[at] * 1e6:.2f} us with (streams, warps) {at}" for at in best
         )
         del steady

@@ -17,10 +17,10 @@ from kvpleat.kernels.prefill import Leaving, Past
 from kvpleat.types import Marks
 
 COPIED = 32  # tokens that one program appends
-SETTLED = 32  # keys of a program that writes them; of wide heads half as many
+SETTLED, MERGED = 32, 16  # keys of a program that writes them, where none merge and where they do
 MOVED = 32  # entries that one program moves at a time
 COUNTED = 1024  # keys whose marks one program looks at, at a time
-LEAVE_WARPS, SETTLE_WARPS, MERGE_WARPS = 4, 4, 8  # MERGE_WARPS: of programs that write where entries merge
+LEAVE_WARPS, SETTLE_WARPS, MERGE_WARPS = 4, 4, 4  # of wide heads twice as many
 
 
 def append(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: Tensor) -> Past:
@@ -72,13 +72,13 @@ def extend(pool: DevicePool, layer: int, chunks: Chunks, keys: Tensor, values: T
     cos, sin = (raw_keys, raw_keys) if chunks.turn is None else _contiguous(*chunks.turn)  # unread, if there are none
     half = 0 if chunks.turn is None else cos.shape[-1]
     group_keys, group_values = (torch.empty_like(x) if delay.merges else None for x in (raw_keys, raw_values))
-    block = max(16, SETTLED * 128 // max(128, _channels(pool)))
+    block, warps = (MERGED, MERGE_WARPS) if delay.merges else (SETTLED, SETTLE_WARPS)
     kernels.settle[num_keys // block + size, heads](
         pool.key, pool.value, log_weight, pool.page_table, pool.failed, ring.members, ring.member_carry, keys, values,
         cos, sin, chunks.seats, *chunks.rows, raw_keys, raw_values, group_keys, group_values, log_size, places,
         carries, shares, before, before_carry, layer, layers, limit, size, num_keys, *keys.stride()[:2],
         *values.stride()[:2], **options, HALF=half, B=block, ROWS=_rows(size),
-        num_warps=MERGE_WARPS if delay.merges else SETTLE_WARPS)  # fmt: skip
+        num_warps=min(16, warps * max(1, _channels(pool) // 128)))  # fmt: skip
     groups = None if group_keys is None or group_values is None else (group_keys, group_values)
     rule = Leaving(delay.tokens, stays.view(torch.bool), groups, log_size)
     return Seen(raw_keys, raw_values, past_of(pool, layer, chunks, lengths), rule)

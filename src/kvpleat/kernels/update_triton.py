@@ -15,7 +15,7 @@ from kvpleat.kernels.device_pool import DevicePool
 from kvpleat.kernels.reference import Turn
 from kvpleat.types import Marks
 
-STREAMS = 4  # that one program takes a token into
+STREAMS, MERGED = 4, 1  # that one program takes a token into; MERGED: where entries merge, which is more work
 WARPS = 1  # of such a program: a vector of 128 channels is half a warp's load
 COUNTED = 1024  # streams of a row whose pages one program looks at, at a time
 PLANNED = 1024  # entries that one program looks at, at a time
@@ -70,13 +70,14 @@ def step(
     half = 0 if turn is None else cos.shape[-1]
     rest = pool.shape.head_dim - 2 * half
     known, width = (0, 0) if ring.members is None else (ring.members.shape[-2], ring.members.stride(-2))
-    kernels.step[(triton.cdiv(rows * heads, STREAMS),)](
+    streams = MERGED if delay.merges else STREAMS
+    kernels.step[(triton.cdiv(rows * heads, streams),)](
         pool.key, pool.value, pool.arrays["log_weight"] if delay.log_size else None, pool.page_table, pool.lengths,
         pool.failed, ring.slots, _bytes(ring.marked), *ring[2:], keys, values, cos, sin, *told, positions,
         _bytes(active), layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads,
         **_channels(pool), HALF=half, PAIRS=_power(half), REST=_power(rest),
         RING=delay.tokens + 1, SINKS=delay.sinks, WIDTH=width, KNOWN=known, SUMS=delay.look_back is None,
-        MERGES=delay.merges, WEIGHS=delay.weighs, LOGITS=logits, B=STREAMS, num_warps=WARPS)  # fmt: skip
+        MERGES=delay.merges, WEIGHS=delay.weighs, LOGITS=logits, B=streams, num_warps=WARPS)  # fmt: skip
 
 
 def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
