@@ -9,7 +9,7 @@ import torch
 
 from kvpleat.bench import kernels
 from kvpleat.bench.kernel_streams import as_measured, uneven
-from kvpleat.bench.kernel_timing import Cases, Checked
+from kvpleat.bench.kernel_timing import ONCE, Cases, Checked, Machine
 
 pytest.importorskip("triton")  # conftest.py has it interpreted where there is no GPU
 CPU = torch.device("cpu")
@@ -46,3 +46,24 @@ def test_lengths_are_what_they_are_said_to_be() -> None:
     kept = as_measured(4, 5, 8, CPU).amax(0) / 8192
     assert (kept > 0.76).float().mean().item() == pytest.approx(0.1, abs=0.001)
     assert (kept < 0.11).float().mean().item() >= 0.49
+
+
+def test_one_case_is_launched_and_not_timed() -> None:
+    """For profilers: the first of the calls, three times; and other cases are not wanted."""
+    called: list[str] = []
+    here = Machine(torch.device("cpu"), quick=False, case="race, 64", once=True)
+    assert math.isnan(here.seconds([lambda: called.append("first"), lambda: called.append("second")]))
+    assert called == ["first"] * ONCE
+    assert [here.wants(name) for name in ("race, 64 rows", "race, 1 row", "what stays, 64 rows")] == [
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_once_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """It says so, and nothing is launched."""
+    with pytest.raises(SystemExit):
+        kernels.main(["--once", "--case", "race"])
+    assert "GPU" in capsys.readouterr().err

@@ -42,7 +42,8 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(*arguments: Any) -> Any:
         return prefill_triton.attend(*arguments, *[None] * (8 - len(arguments)))
 
-    for name, size in {"STREAMS": 16, "MERGED": 16, "MOVED": 16, "MOVERS": 1}.items():  # the interpreter takes programs one by one
+    # The interpreter takes programs one by one: better few of them.
+    for name, size in {"STREAMS": 16, "MERGED": 16, "MOVED": 16, "MOVERS": 1}.items():
         monkeypatch.setattr(update_triton, name, size)
     for module in (update, extend, fork):
         monkeypatch.setattr(module, "_on_gpu", lambda pool: True)

@@ -195,7 +195,6 @@ def test_one_token_after_the_other(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize("name", ["dmc", "dmc of three"])
 def test_long_groups(backend: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups that reach over many blocks and to before the chunk; shares of next to nothing."""
-    if backend.kind == "triton":
     both = make_both(DELAYS[name], 5, 2)
     new_tokens = both.new_tokens
 

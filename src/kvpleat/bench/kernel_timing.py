@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ Call = Callable[[], object]
 COPIED = 2**30  # bytes of the copy, read and written: far beyond any cache
 GRAPH_SECONDS = 2e-3  # of a timed graph, so that what lies between two graphs does not count
 REPEATS = 30
+ONCE = 3  # launches where nothing is timed
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,19 @@ class Machine:
         device: a GPU, or a CPU, where kernels are interpreted and only checked.
         quick: fewer cases, fewer repeats.
         bandwidth: bytes per second that a large copy reads and writes; 0 on a CPU.
+        case: the one whose name begins so; empty: all.
+        once: launch only, a few times and outside graphs, for profilers and the like; no time comes of it.
     """
 
     device: torch.device
     quick: bool
     bandwidth: float = 0.0
+    case: str = ""
+    once: bool = False
+
+    def wants(self, name: str) -> bool:
+        """Whether a case of this name is to be timed."""
+        return name.startswith(self.case)
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """Seconds of one call: the median over replays of a graph of all of them, repeated to last long enough.
@@ -77,8 +86,10 @@ class Machine:
         Args:
             calls: the same work on different memory, more of it together than the GPU's cache holds.
         """
-        for call in calls:  # compiles
+        for call in list(calls[:1]) * ONCE if self.once else calls:  # compiles
             call()
+        if self.once:
+            return math.nan
         once = self._replayed(calls, 3)
         rounds = max(1, math.ceil(GRAPH_SECONDS / (once * len(calls))))
         return self._replayed(list(calls) * rounds, REPEATS // 3 if self.quick else REPEATS)
@@ -116,14 +127,14 @@ class Cases(NamedTuple):
     sweep: Callable[[Machine], Iterator[str]] | None = None
 
 
-def machine(device: torch.device, quick: bool) -> Machine:
-    """The machine as it is now: a GPU's copy bandwidth is measured."""
-    found = Machine(device, quick)
-    if device.type != "cuda":
+def machine(device: torch.device, quick: bool, case: str = "", once: bool = False) -> Machine:
+    """The machine as it is now: a GPU's copy bandwidth is measured, unless nothing is timed."""
+    found = Machine(device, quick, case=case, once=once)
+    if device.type != "cuda" or once:
         return found
     source = torch.ones(COPIED // 8, device=device)
     target = torch.empty_like(source)
-    return Machine(device, quick, COPIED / found.seconds([lambda: target.copy_(source)]))
+    return replace(found, bandwidth=COPIED / found.seconds([lambda: target.copy_(source)]))
 
 
 def difference(mine: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -2,7 +2,8 @@
 
 Every kernel is compared with its specification in plain torch, on a GPU or, at small sizes, in Triton's interpreter. On
 a GPU it is then timed beside the floor: the bytes it cannot avoid, over the bandwidth that a large copy was measured at
-by the same clock. `--sweep` tries what the launches can be told, and prints what was fastest.
+by the same clock. `--sweep` tries what the launches can be told, and prints what was fastest. For a profiler, `--only
+decode --case "ragged, mean 8192/8" --once` launches one case a few times, and neither checks nor times anything.
 """
 
 import argparse
@@ -42,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         _parser().error(f"--only {args.only}: there are {', '.join(cases.name for cases in all_cases())}.")
     start, failed = time.perf_counter(), False
-    here = machine(device, args.quick)
+    if args.once and device.type != "cuda":
+        _parser().error("--once: it launches what is timed, and that needs a GPU.")
+    here = machine(device, args.quick, args.case, args.once)
     about: dict[str, Any] = environment(device) | {"copy_bandwidth": here.bandwidth}
     print(" ".join(f"{key}={value:.3e}" if isinstance(value, float) else f"{value}" for key, value in about.items()))
     results: dict[str, Any] = {}
     for cases in chosen:
         torch.manual_seed(SEED)
-        checks = list(_checks(cases, here))
+        checks = [] if args.once else list(_checks(cases, here))
         wrong = [check for check in checks if not check.passed]
         failed = failed or bool(wrong)
         times: list[Timed] = []
@@ -77,8 +80,12 @@ def _checks(cases: Cases, here: Machine) -> Iterator[Checked]:
 
 def _times(cases: Cases, here: Machine) -> Iterator[Timed]:
     """Each time, printed as it is taken."""
-    print(f"{'':8} {'':44} {'us':>9} {'MB':>8} {'TB/s':>6} {'of a copy':>9}")
+    if not here.once:
+        print(f"{'':8} {'':44} {'us':>9} {'MB':>8} {'TB/s':>6} {'of a copy':>9}")
     for timed in cases.time(here):
+        if here.once:
+            print(f"{cases.name:8} {timed.case:44} launched", flush=True)
+            continue
         line = f"{cases.name:8} {timed.case:44} {timed.seconds * 1e6:9.1f}"
         if timed.read is not None:
             rate = timed.read / timed.seconds
@@ -91,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvpleat.bench.kernels", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--only", metavar="NAME", help="one kernel module")
+    parser.add_argument("--case", metavar="NAME", default="", help="of what is timed, only what begins so")
+    parser.add_argument("--once", action="store_true", help="launch it three times, untimed, for a profiler")
     parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
     parser.add_argument("--sweep", action="store_true", help="try block sizes, warps, stages and programs instead")
     return parser

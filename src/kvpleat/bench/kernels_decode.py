@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time as clock
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -170,11 +171,16 @@ def time(here: Machine) -> Iterator[Timed]:
     for index, (name, model, lengths, entries) in enumerate(_timed_cases(here.device)):
         if here.quick and index > 2:
             return
-        layers = _layers(model, entries)
+        if not here.wants(name):
+            continue
+        layers = 2 if here.once else _layers(model, entries)
         pool = Pool(model, lengths(layers))
         work = room(pool)
         decode.plan(work, pool.lengths)
         seconds = here.seconds(_calls(pool, work))
+        if here.once:
+            yield Timed(name, seconds)
+            continue
         planned = here.seconds([partial(decode.plan, work, pool.lengths)])
         beside = {"plan": f"{planned * 1e6:.1f} us for {layers} layers"}
         if entries:
@@ -216,6 +222,7 @@ def _sdpa(here: Machine, pool: Pool) -> str:
     )
 
 
+SWEEP_SECONDS = 60  # of all cases together, most of them the compiler's
 SWEPT = (
     "ragged, mean 8192/8",
     "1 row, 32k / 8",
@@ -225,33 +232,60 @@ SWEPT = (
 
 
 def sweep(here: Machine) -> Iterator[str]:
-    """Tiles, warps, stages and programs on the cases that differ most: all of them, then the best of each case."""
+    """Tiles, warps, stages and programs on the cases that differ most, as many as the time allows: the best of each
+    case, and the best for each number of channels, as decode.LAUNCHES has it."""
     from triton.runtime.errors import OutOfResources
 
-    here = replace(here, quick=True)
+    here, found = replace(here, quick=True), dict[int, list[dict[Launch, float]]]()
     for name, model, lengths, entries in _timed_cases(here.device):
-        if name not in SWEPT:
+        if name not in SWEPT or not here.wants(name):
             continue
-        pool = Pool(model, lengths(_layers(model, entries)))
+        pool, default = Pool(model, lengths(_layers(model, entries))), launch_of(model)
         shares: dict[Launch, float] = {}
-
-        def attempt(launch: Launch, pool: Pool = pool, shares: dict[Launch, float] = shares) -> None:
-            work = room(pool, launch)
-            decode.plan(work, pool.lengths)
-            shares[launch] = pool.read / here.seconds(_calls(pool, work)) / here.bandwidth
-
-        for tile, warps, stages in itertools.product((32, 64, 128), (2, 4), (2, 3)):
+        _attempt(here, pool, default, shares)
+        stop = clock.perf_counter() + SWEEP_SECONDS / len(SWEPT)
+        for cut in sorted(_launches(model), key=lambda cut: _unlike(cut, default)):
+            if clock.perf_counter() > stop:
+                break
             with suppress(OutOfResources):  # too many stages for the shared memory
                 for programs in (2, 3, 4, 6, 8):
-                    attempt(Launch(tile, warps, stages, programs))
+                    _attempt(here, pool, cut._replace(programs=programs), shares)
         if torch.cuda.get_device_capability(here.device) >= (9, 0):
             for launch in sorted(shares, key=lambda launch: -shares[launch])[:2]:
-                attempt(launch._replace(early=True))
-        default = decode.launch_for(model.channels, model.dtype, model.page_size)
-        attempt(default)
-        yield f"{name}: of a copy's bandwidth, with (tile, warps, stages, programs, early)"
+                _attempt(here, pool, launch._replace(early=True), shares)
+        found.setdefault(model.channels, []).append(shares)
+        yield f"{name}: {len(shares)} tried, of a copy's bandwidth, with (tile, warps, stages, programs, early)"
         yield f"  {shares[default]:.1%} {tuple(default)}: launch_for"
-        yield from (f"  {shares[x]:.1%} {tuple(x)}" for x in sorted(shares, key=lambda x: -shares[x])[:12])
+        yield from (f"  {shares[x]:.1%} {tuple(x)}" for x in sorted(shares, key=lambda x: -shares[x])[:8])
+    for channels, of_cases in found.items():
+        # The one that loses least where it loses most.
+        common = [x for x in of_cases[0] if all(x in its for its in of_cases)]
+        worst = {x: min(its[x] / max(its.values()) for its in of_cases) for x in common}
+        best = max(worst, key=lambda x: worst[x])
+        yield f"{channels}: {best},  # at least {worst[best]:.1%} of the best in each case"
+
+
+def launch_of(model: Model) -> Launch:
+    """As decode would be launched."""
+    return decode.launch_for(model.channels, model.dtype, model.page_size)
+
+
+def _launches(model: Model) -> Iterator[Launch]:
+    """Tiles of whole pages, warps and stages; each of these is compiled."""
+    for tile, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4)):
+        if tile % model.page_size == 0 and 8 <= tile // warps <= 64:  # warps with work, and with registers for it
+            yield Launch(tile, warps, stages, 2)
+
+
+def _unlike(launch: Launch, other: Launch) -> float:
+    """In how many steps of the tile, the warps and the stages launches differ."""
+    return sum(abs(math.log2(a / b)) for a, b in zip(launch[:3], other[:3], strict=True))
+
+
+def _attempt(here: Machine, pool: Pool, launch: Launch, shares: dict[Launch, float]) -> None:
+    work = room(pool, launch)
+    decode.plan(work, pool.lengths)
+    shares[launch] = pool.read / here.seconds(_calls(pool, work)) / here.bandwidth
 
 
 CASES = Cases("decode", check, time, sweep)

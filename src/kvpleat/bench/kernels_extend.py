@@ -227,14 +227,16 @@ def time(here: Machine) -> Iterator[Timed]:
     """One layer's share of a forward over chunks, beside the attention that follows."""
     for rows, count in ((1, 2048),) if here.quick else ((1, 2048), (8, 256), (4, 17)):
         layers = 16
-        for name, delay in DELAYS.items():
+        for kind, delay in DELAYS.items():
+            if not here.wants(name := f"{kind}, {rows} x {count} tokens"):
+                continue
             steady = Steady(delay, rows, count, layers, here.device)
             extra = _seconds(here, steady.reset, layers)
             attention = here.seconds([steady.attend()])
             steady.reset(0)
             seconds = _seconds(here, steady.call, layers) - extra
-            beside = {"of attention": f"{seconds / attention:.0%}"}
-            yield Timed(f"{name}, {rows} x {count} tokens", seconds, steady.touched, beside)
+            beside = {} if here.once else {"of attention": f"{seconds / attention:.0%}"}
+            yield Timed(name, seconds, steady.touched, beside)
             del steady
 
 

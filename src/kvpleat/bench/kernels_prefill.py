@@ -181,20 +181,26 @@ def time_prefill(here: Machine) -> Iterator[Timed]:
     """A prompt at once, beside dense attention; and a chunk over a compressed past."""
     for length in LENGTHS[:1] if here.quick else LENGTHS:
         for model in (Model(1, 8, 4, 128), Model(1, 3, 3, 64)):
-            dense = _dense(here, model, length)
-            for kind, delay in (("full", 0), ("window", 0), ("dms", DELAY), ("fold", DELAY), ("dmc", 0)):
+            kinds = {"full": 0, "window": 0, "dms": DELAY, "fold": DELAY, "dmc": 0}
+            kinds = {kind: delay for kind, delay in kinds.items() if here.wants(f"{_name(kind, model)} {length}")}
+            dense = {} if here.once or not kinds else _dense(here, model, length)
+            for kind, delay in kinds.items():
                 given = made(here.device, model, kind, delay, [length], [0], None)
                 yield _timed(here, f"{_name(kind, model)} {length}", given, dense)
+            if not here.wants(name := f"  of it packing what stays, D {model.channels} {length}"):
+                continue
             given = made(here.device, model, "dms", DELAY, [length], [0], None)
             assert isinstance(given.rule, Leaving)
             packing = partial(prefill_triton.pack_kept, given.keys, given.values, given.rule.stays, None)
-            yield Timed(f"  of it packing what stays, D {model.channels} {length}", here.seconds([packing]))
+            yield Timed(name, here.seconds([packing]))
     for rows, new in ((1, 2048), (4, 512)):
         model = Model(rows, 8, 4, 128)
+        if not here.wants(name := f"{_name('dms', model)} {rows} x {new} over 30000 / 4"):
+            continue
         kept = torch.tensor(KEPT[8], device=here.device)
         lengths = (kept * 30000).int().expand(rows, 1, 8).contiguous()
         given = made(here.device, model, "dms", DELAY, [new] * rows, [DELAY] * rows, lengths)
-        yield _timed(here, f"{_name('dms', model)} {rows} x {new} over 30000 / 4", given, {})
+        yield _timed(here, name, given, {})
 
 
 def _name(kind: str, model: Model) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvpleat.bench.kernel_timing import Cases, Checked, Machine, Timed
+from kvpleat.bench.kernel_timing import Call, Cases, Checked, Machine, Timed
 from kvpleat.kernels import sampling, sampling_triton
 
 VOCABULARY = 151_936  # tokens, of Qwen
@@ -81,23 +81,31 @@ def _winners(given: tuple[Tensor, ...], least: Tensor, device: torch.device, nam
 def time(here: Machine) -> Iterator[Timed]:
     """Draws of a step: without filters, with each alone in all rows, and with one in a row after the other."""
     for rows in (64,) if here.quick else (1, 16, 64, 256):
-        count = max(1, math.ceil(MEMORY / (rows * VOCABULARY * 2)))
-        copies = [_problem(rows, VOCABULARY, torch.bfloat16, here.device) for _ in range(min(count, 64))]
-        ones, name = torch.ones(rows, device=here.device), f"{rows} rows of {VOCABULARY}"
-        states = torch.arange(rows, device=here.device)
-        read = copies[0][0].numel() * 2
-        torchs = here.seconds([partial(torch.max, x[0], -1) for x in copies])
-        likeliest = here.seconds([partial(sampling_triton.highest, x[0]) for x in copies])
-        yield Timed(f"the largest, {name}", likeliest, read, {"torch's": f"{torchs * 1e6:.1f} us"})
-        mixed = _filters(rows, VOCABULARY, here.device)
-        drawn = here.seconds([partial(sampling_triton.race, *(*x, mixed[0], ones, states)) for x in copies])
-        yield Timed(f"race, {name}", drawn, read)
-        for kind, (top_k, top_p) in {"k": (50, 1.0), "p": (VOCABULARY, 0.95), "k and p": (20, 0.8)}.items():
-            filters = _alike(mixed, top_k, top_p)
-            kept = here.seconds([partial(sampling_triton.least_score, *x, *filters) for x in copies])
-            yield Timed(f"what stays, {kind}, {name}", kept, read)
-        kept = here.seconds([partial(sampling_triton.least_score, *x, *mixed) for x in copies])
-        yield Timed(f"what stays, {name}", kept, read)
+        count = 1 if here.once else min(64, max(1, math.ceil(MEMORY / (rows * VOCABULARY * 2))))
+        copies = [_problem(rows, VOCABULARY, torch.bfloat16, here.device) for _ in range(count)]
+        for name, calls in _calls(copies, here.device).items():
+            if here.wants(name):
+                seconds, beside = here.seconds(calls), {}
+                if name.startswith("the largest") and not here.once:
+                    torchs = here.seconds([partial(torch.max, x[0], -1) for x in copies])
+                    beside = {"torch's": f"{torchs * 1e6:.1f} us"}
+                yield Timed(name, seconds, copies[0][0].numel() * 2, beside)
+
+
+def _calls(copies: list[tuple[Tensor, ...]], device: torch.device) -> dict[str, list[Call]]:
+    """What is timed, by name, on each of some problems."""
+    rows = copies[0][0].shape[0]
+    mixed, name = _filters(rows, VOCABULARY, device), f"{rows} rows of {VOCABULARY}"
+    ones, states = torch.ones(rows, device=device), torch.arange(rows, device=device)
+    kinds = {"k, ": (50, 1.0), "p, ": (VOCABULARY, 0.95), "k and p, ": (20, 0.8)}
+    filters = {kind: _alike(mixed, *given) for kind, given in kinds.items()} | {"": mixed}
+    calls: dict[str, list[Call]] = {
+        f"the largest, {name}": [partial(sampling_triton.highest, x[0]) for x in copies],
+        f"race, {name}": [partial(sampling_triton.race, *(*x, mixed[0], ones, states)) for x in copies],
+    }
+    for kind, given in filters.items():
+        calls[f"what stays, {kind}{name}"] = [partial(sampling_triton.least_score, *(*x, *given)) for x in copies]
+    return calls
 
 
 def sweep(here: Machine) -> Iterator[str]:

@@ -73,15 +73,19 @@ def time(here: Machine) -> Iterator[Timed]:
     """One layer's share of a step, and what is done once for all layers of a step."""
     for rows in (256,) if here.quick else (64, 256):
         layers = STREAMS // rows // HEADS
-        for name, delay in {"append": None, "dms, W 64": DMS, "fold, W 64": FOLD, "dmc": DMC}.items():
+        for kind, delay in {"append": None, "dms, W 64": DMS, "fold, W 64": FOLD, "dmc": DMC}.items():
+            if not here.wants(name := f"{kind}, {rows} rows x {HEADS}"):
+                continue
             steady = Steady(delay, rows, layers, here.device)
             call, extra = (
                 (steady.step, 0.0) if delay is not None else (steady.append, _seconds(here, steady.reset, layers))
             )
-            yield Timed(f"{name}, {rows} rows x {HEADS}", _seconds(here, call, layers) - extra, steady.touched)
+            yield Timed(name, _seconds(here, call, layers) - extra, steady.touched)
             del steady
-        yield _timed_pages(here, rows)
-        yield _timed_moment(here, rows)
+        if here.wants(f"reserve, give back: {rows} rows"):
+            yield _timed_pages(here, rows)
+        if here.wants(f"evict 32 of 1024: {rows} rows"):
+            yield _timed_moment(here, rows)
 
 
 def _seconds(here: Machine, call: Callable[[int], None], layers: int) -> float:

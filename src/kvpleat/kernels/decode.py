@@ -64,13 +64,22 @@ class Work(NamedTuple):
         return Work(self.launch, self.page_size, *(x[index] for x in self[2:]))
 
 
+# By channels, rounded up: from `python -m kvpleat.bench.kernels --only decode --sweep`.
+LAUNCHES = {
+    32: Launch(tile=128, warps=4, stages=3, programs=2),
+    64: Launch(tile=128, warps=4, stages=3, programs=2),
+    128: Launch(tile=64, warps=4, stages=3, programs=2),
+    256: Launch(tile=32, warps=4, stages=3, programs=2),
+}
+
+
 def launch_for(head_dim: int, dtype: torch.dtype, page_size: int) -> Launch:
-    """How the kernel is launched: tiles of 16 KiB of keys, of which two programs a multiprocessor hold two each."""
-    row = max(16, 1 << (head_dim - 1).bit_length()) * dtype.itemsize  # bytes of a key in the kernel
-    tile = max(page_size, min(128, 2**14 // row))
+    """How the kernel is launched."""
+    channels = max(32, 1 << (head_dim - 1).bit_length())
     if dtype.itemsize > 2:  # no tensor cores: what is multiplied is held in registers
-        tile = page_size
-    return Launch(tile, 4, 3 if tile * row <= 2**14 else 2, 2)
+        return Launch(page_size, 4, 3 if page_size * channels <= 2**12 else 2, 2)
+    launch = LAUNCHES[channels] if channels in LAUNCHES else LAUNCHES[256]._replace(tile=page_size, stages=2)
+    return launch._replace(tile=max(page_size, launch.tile))
 
 
 def room(

@@ -121,8 +121,8 @@ def _added(keys, values, raw_keys, raw_values, cos, sin, shares, before, young, 
 def _summed(keys, values, raw_keys, raw_values, cos, sin, carries, shares, before, x, u, z, young, block, formed,
             key_token, value_token, D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
             KNOWN: tl.constexpr, WEIGHS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """The sums of the groups after each key of a block: of what they add (x, u, z), of the block's own, and of what lies
-    before it as far as the group at its begin reaches."""
+    """The sums of the groups after each key of a block: of what they add (x, u, z), of the block's own, and of what
+    lies before it as far as the group at its begin reaches."""
     lane = tl.arange(0, B)
     total, number = _logs(carries, block * B + lane, block * B + lane < formed)
     reaches = (number[:, None] == number[None, :]) & (lane[:, None] >= lane[None, :])
