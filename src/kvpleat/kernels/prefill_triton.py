@@ -17,6 +17,7 @@ from torch import Tensor
 from kvpleat.kernels import prefill_kernels_triton as kernels
 from kvpleat.kernels.prefill import Leaving, Past, Recent, Rows, Rule
 
+FEW_ROWS = 64  # what a kernel is compiled for, unless there are more: compiling takes seconds
 COUNTED = 4096  # flags that are read at a time where entries are counted
 MOST_MEMBERS = 16  # beyond it query heads of a group go one by one: a block would hold too few tokens
 
@@ -61,6 +62,7 @@ def attend(
     cut = choose_blocks(group_size, head_dim, q.dtype, q.device) if blocks is None else blocks
     out = torch.empty(q.shape[1], q.shape[0], head_dim, dtype=q.dtype, device=q.device).transpose(0, 1)
     most = q.shape[1] // (cut.queries // cut.members) + num_rows  # blocks there can be, whatever the rows' lengths are
+    room = max(FEW_ROWS, int(triton.next_power_of_2(num_rows)))
     factor = scale * kernels.LOG2_E.value
     kernels.forward[(most * (q.shape[0] // cut.members),)](
         q=q, keys=keys, values=values, new=rows.new, seen=rows.keys, out=out, num_rows=num_rows, num_keys=num_keys,
@@ -68,7 +70,7 @@ def attend(
         cap=0.0 if softcap is None else softcap * kernels.LOG2_E.value,
         q_head=q.stride(0), q_token=q.stride(1), key_head=keys.stride(0), key_token=keys.stride(1),
         out_head=out.stride(0), out_token=out.stride(1), Q=q.shape[0], G=group_size, MEMBERS=cut.members, D=head_dim,
-        DP=_padded(head_dim), M=cut.queries, N=cut.entries, BAND=cut.band, ROWS=triton.next_power_of_2(num_rows),
+        DP=_padded(head_dim), M=cut.queries, N=cut.entries, BAND=cut.band, ROWS=room,
         CAPPED=softcap is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=cut.warps,
         num_stages=cut.stages, **_of_rule(rule, keys, values), **_of_past(past))  # fmt: skip
     return out
