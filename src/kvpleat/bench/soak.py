@@ -28,6 +28,7 @@ from kvpleat.bench.soak_load import (
     core_for,
     failing,
     job_by_chance,
+    poisoned,
     served,
 )
 from kvpleat.engine.core import EngineCore
@@ -157,12 +158,8 @@ def run(args: argparse.Namespace) -> list[Outcome]:
     """All policies in turn."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     it = served(args.model, device, dtype)
-    weight = it.model.get_input_embeddings().weight
-    kept = weight[-1].clone()
     outcomes = []
-    try:
-        with torch.no_grad():
-            weight[-1] = torch.nan  # prompts that hold the last token are NaN from there on
+    with poisoned(it):
         for name in args.policy or NAMES:
             found = soak(it, name, 60 * args.minutes / len(args.policy or NAMES), args.seed, device)
             compare(it, found)
@@ -172,9 +169,6 @@ def run(args: argparse.Namespace) -> list[Outcome]:
                 found.wrong.append("memory grew")
             outcomes.append(found)
             print(f"{name}: {dict(sorted(found.counts.items()))}", file=sys.stderr, flush=True)
-    finally:
-        with torch.no_grad():
-            weight[-1] = kept
     return outcomes
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvpleat import accounting
 from kvpleat.engine import scheduler, sizes
@@ -21,7 +21,6 @@ from kvpleat.policies.base import Policy
 from kvpleat.policies.learned import Learned
 
 VOCABULARY = 97
-POISON = VOCABULARY - 1  # the token whose embedding is NaN
 LONGEST = 192  # tokens of a sequence
 SEATS, STEP_TOKENS = 6, 48
 ROOM = 1.3  # pages of a pool, over those that one sequence of the greatest length is expected to need
@@ -122,6 +121,21 @@ def failing(it: Served, fails: Callable[[], bool]) -> Iterator[None]:
 
     layers: Any = decoder_layers(describe(it.model))
     handle = layers[len(layers) // 2].mlp.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def poisoned(it: Served) -> Iterator[None]:
+    """The embedding of the last token is NaN; not its weight, which may be that of the output too."""
+    last = int(it.model.config.vocab_size) - 1
+
+    def poison(_: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out.masked_fill((args[0] == last)[..., None], torch.nan)
+
+    handle = it.model.get_input_embeddings().register_forward_hook(poison)
     try:
         yield
     finally:
