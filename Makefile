@@ -29,7 +29,7 @@ KVPRESS := kvpress==0.5.5
 .DEFAULT_GOAL := test
 
 demo: install
-	$(BIN)/kvpleat generate --compare --policy dms --ratio 4 --max-new-tokens 48 \
+	$(BIN)/kvpleat generate --compare --policy fold --ratio 4 --max-new-tokens 48 \
 		--prompt-file examples/kennedy-1961.txt --prompt '$(QUESTION)'
 
 test: lint
