@@ -45,7 +45,7 @@ def test_other_tokens_are_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         return take(core, feed, token if token < 0 or not many else (token + 1) % 90, logprobs)
 
     monkeypatch.setattr(EngineCore, "_take", change)
-    assert soak.main([*ONE, "--minutes", "0.03"]) == 1
+    assert soak.main([*ONE, "--minutes", "0.1"]) == 1
     assert "are not as alone" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ are too small, rows that end early or are cancelled."""
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -245,3 +246,13 @@ def test_admission_follows_what_is_expected(ratio: float) -> None:
         most = max(most, len(engine.scheduler.running))
     assert most == (1 if ratio == 1.0 else 5)
     assert engine.failures == 0
+
+
+def test_uneven_streams_are_reckoned_with_half_a_page_more() -> None:
+    """Against streams of many lengths: lognormal, with the mean that is expected."""
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(sigma=0.8, size=100_000)
+    lengths = np.rint(lengths * 200.0 / lengths.mean())
+    even, uneven = (Limits(1, 1, 2048, 1, 16, 1000, lambda tokens: tokens / 4, uneven=x) for x in (False, True))
+    assert even.pages_for(800) == 13_000
+    assert uneven.pages_for(800) == pytest.approx(1000 * np.ceil(lengths / 16).mean(), rel=0.01)

@@ -1,6 +1,7 @@
 """Decode steps of the engine beside their floor: of one batch, of all rows that a memory holds, of one long row."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvpleat.accounting import full_bytes, human_bytes
@@ -77,7 +78,7 @@ def _run(bench: Bench, part: str, shape: str, cases: list[Case]) -> None:
     bench.heading(f"{part}: {shape}, at most {human_bytes(memory)} for the cache", COLUMNS)
     before: dict[int, float] = {}
     for case in cases:
-        bench.case(part, case.name, COLUMNS, lambda case=case: decode(bench, model, case, memory, before))  # type: ignore[misc]
+        bench.case(part, case.name, COLUMNS, partial(decode, bench, model, case, memory, before))
 
 
 def decode(bench: Bench, model: Any, case: Case, memory: int, before: dict[int, float]) -> dict[str, Any]:

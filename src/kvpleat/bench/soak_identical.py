@@ -78,8 +78,8 @@ def compare(it: Served, name: str) -> dict[str, Compared]:
     found = {}
     for what, room, seats in (("alone again", None, 1), ("in a batch", None, COUNT), ("preempted", TIGHT, COUNT)):
         core = core_for(it, name, room, seats=seats, **options)
-        forwards = itertools.count()
-        with careless(), failing(it, lambda: what == "preempted" and next(forwards) in BREAKS):  # noqa: B023
+        breaks = BREAKS if what == "preempted" else ()
+        with careless(), failing(it, map(breaks.__contains__, itertools.count()).__next__):
             together = answers(core, asked)
         found[what] = difference(together, alone, core.scheduler.preemptions)
         core.close()
