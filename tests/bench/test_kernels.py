@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvpleat.bench import kernels
-from kvpleat.bench.kernel_streams import as_measured, uneven
+from kvpleat.bench.kernel_streams import as_kept, uneven
 from kvpleat.bench.kernel_timing import ONCE, Cases, Checked, Machine
 
 pytest.importorskip("triton")  # conftest.py has it interpreted where there is no GPU
@@ -43,9 +43,11 @@ def test_lengths_are_what_they_are_said_to_be() -> None:
     assert lengths.mean().item() == pytest.approx(2048, rel=0.01)
     assert lengths.max() <= 8192
     assert 0.5 < lengths.mean(0).log().std() < 1.0
-    kept = as_measured(4, 5, 8, CPU).amax(0) / 8192
-    assert (kept > 0.76).float().mean().item() == pytest.approx(0.1, abs=0.001)
-    assert (kept < 0.11).float().mean().item() >= 0.49
+    kept = as_kept(12, 32, 8, CPU) / 8192
+    assert kept.mean().item() == pytest.approx(0.25, rel=0.05)
+    assert kept.min() > 0.03  # what waits is held by all
+    assert (kept > 0.8).float().mean().item() == pytest.approx(0.1, abs=0.05)
+    assert kept.median().item() < 0.15
 
 
 def test_one_case_is_launched_and_not_timed() -> None:

@@ -61,9 +61,9 @@ def uneven(rows: int, layers: int, heads: int, mean: float, device: torch.device
     return lengths.round().int().to(device)
 
 
-def as_measured(rows: int, layers: int, heads: int, device: torch.device, tokens: int = CONTEXT) -> Tensor:
-    """Lengths as trained gates leave them of so many tokens: a tenth of heads keeps 85% or more, half under 11%."""
-    rank = torch.randperm(layers * heads).view(layers, heads) / (layers * heads)
-    part = torch.rand(layers, heads)
-    kept = torch.where(rank < 0.1, 0.85 + 0.15 * part, torch.where(rank < 0.5, 0.11 + 0.39 * part, 0.11 * part))
-    return (kept * tokens * (0.9 + 0.1 * torch.rand(rows, layers, heads))).int().to(device)
+def as_kept(rows: int, layers: int, heads: int, device: torch.device, tokens: int = CONTEXT) -> Tensor:
+    """Lengths as gates that were trained for ratio 4 leave them of so many tokens (`engine_models.profile`)."""
+    from kvpleat.bench.engine_models import profile  # knows transformers' models, which nothing else here needs
+
+    kept = profile(4.0, tokens, layers, heads)
+    return kept.lengths(torch.full((rows,), tokens, device=device), torch.arange(rows, device=device))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvpleat.bench.kernel_streams import CONTEXT, Model, Pool, as_measured, uneven
+from kvpleat.bench.kernel_streams import CONTEXT, Model, Pool, as_kept, uneven
 from kvpleat.bench.kernel_timing import Call, Cases, Checked, Machine, Timed, difference
 from kvpleat.kernels import decode
 from kvpleat.kernels.decode import Launch, Work
@@ -132,48 +132,52 @@ def _graph(here: Machine) -> Checked:
     return Checked("one graph, other streams; torch.compile; the same bits", max(errors, key=_worse), 4e-2)
 
 
-def _timed_cases(device: torch.device) -> Iterator[tuple[str, Model, Callable[[int], Tensor], float]]:
-    """Name, model, lengths for so many layers, and about how many entries a layer has."""
+def _timed_cases(device: torch.device) -> Iterator[tuple[str, Model, Callable[[int], Tensor], int]]:
+    """Name, model, lengths for so many layers, and how many of them are read after each other."""
     llama3, llama2, smollm2 = Model(32, 8, 4, 128), Model(16, 32, 1, 128), Model(64, 3, 3, 64, 16)
     one, short = Model(1, 8, 4, 128), Model(2000, 12, 1, 64, 16)
 
-    def ragged(model: Model, mean: float, longest: int = CONTEXT) -> tuple[Callable[[int], Tensor], float]:
+    def ragged(model: Model, mean: float, longest: int = CONTEXT) -> tuple[Callable[[int], Tensor], int]:
         rows, heads = model.rows, model.heads
-        return lambda layers: uneven(rows, layers, heads, mean, device, longest), rows * heads * mean
+        return lambda layers: uneven(rows, layers, heads, mean, device, longest), _layers(model, mean)
 
-    def even(model: Model, length: int) -> tuple[Callable[[int], Tensor], float]:
+    def even(model: Model, length: int) -> tuple[Callable[[int], Tensor], int]:
         shape = model.rows, model.heads
         return lambda layers: torch.full(
             (shape[0], layers, shape[1]), length, dtype=torch.int32, device=device
-        ), math.prod(shape) * length
+        ), _layers(model, length)
+
+    def kept(model: Model, of: int, tokens: int) -> tuple[Callable[[int], Tensor], int]:
+        """All layers: they keep very different shares."""
+        return lambda layers: as_kept(model.rows, of, model.heads, device, tokens)[:, :layers], of
 
     yield "dense, 32 x 8 x 8192", llama3, *even(llama3, CONTEXT)
     yield "ragged, mean 8192/4", llama3, *ragged(llama3, CONTEXT / 4)
     yield "ragged, mean 8192/8", llama3, *ragged(llama3, CONTEXT / 8)
-    yield "as measured", llama3, lambda layers: as_measured(32, layers, 8, device), 32 * 8 * CONTEXT * 0.25
+    yield "as gates keep of 8192", llama3, *kept(llama3, 32, CONTEXT)
     yield "32 KV heads, G 1, 16 rows, mean 8192/8", llama2, *ragged(llama2, CONTEXT / 8)
     yield "1 row, 128k / 8", one, *ragged(one, 2**17 / 8, 2**17)
     yield "1 row, 32k / 8", one, *ragged(one, 2**15 / 8, 2**15)
     yield "D 64, G 3, 64 rows, mean 8192/4", smollm2, *ragged(smollm2, CONTEXT / 4)
-    measured, share = (lambda layers: as_measured(2000, layers, 12, device, 768)), 0.24
-    yield "D 64, G 1, 2,000 rows of 768, as measured", short, measured, 2000 * 12 * 768 * share
+    yield "D 64, G 1, 2,000 rows, as kept of 768", short, *kept(short, 12, 768)
     yield "dense, 32 x 8 x 1024", llama3, *even(llama3, 1024)
     yield "empty: what a call costs", llama3, *even(llama3, 0)
 
 
-def _layers(model: Model, entries: float) -> int:
-    """As many as are read after each other."""
+def _layers(model: Model, mean: float) -> int:
+    """As many as are read after each other. mean: entries of a stream."""
+    entries = model.rows * model.heads * mean
     return max(2, min(48, math.ceil(TOGETHER / max(1, entries * 2 * model.channels * model.dtype.itemsize))))
 
 
 def time(here: Machine) -> Iterator[Timed]:
     """Attention of a layer, planned before; what the plan of all layers costs; and SDPA over as many bytes."""
-    for index, (name, model, lengths, entries) in enumerate(_timed_cases(here.device)):
+    for index, (name, model, lengths, layers) in enumerate(_timed_cases(here.device)):
         if here.quick and index > 2:
             return
         if not here.wants(name):
             continue
-        layers = 2 if here.once else _layers(model, entries)
+        layers = 2 if here.once else layers
         pool = Pool(model, lengths(layers))
         work = room(pool)
         decode.plan(work, pool.lengths)
@@ -183,7 +187,7 @@ def time(here: Machine) -> Iterator[Timed]:
             continue
         planned = here.seconds([partial(decode.plan, work, pool.lengths)])
         beside = {"plan": f"{planned * 1e6:.1f} us for {layers} layers"}
-        if entries:
+        if pool.read:
             beside["SDPA"] = _sdpa(here, pool)
         yield Timed(name, seconds, pool.read, beside)
         if index == 0:
@@ -227,7 +231,8 @@ SWEPT = (
     "ragged, mean 8192/8",
     "1 row, 32k / 8",
     "D 64, G 3, 64 rows, mean 8192/4",
-    "D 64, G 1, 2,000 rows of 768, as measured",
+    "D 64, G 1, 2,000 rows, as kept of 768",
+    "as gates keep of 8192",
 )
 
 
@@ -237,13 +242,13 @@ def sweep(here: Machine) -> Iterator[str]:
     from triton.runtime.errors import OutOfResources
 
     here, found = replace(here, quick=True), dict[int, list[dict[Launch, float]]]()
-    for name, model, lengths, entries in _timed_cases(here.device):
+    for name, model, lengths, layers in _timed_cases(here.device):
         if name not in SWEPT or not here.wants(name):
             continue
-        pool, default = Pool(model, lengths(_layers(model, entries))), launch_of(model)
+        pool, default = Pool(model, lengths(layers)), launch_of(model)
         shares: dict[Launch, float] = {}
         _attempt(here, pool, default, shares)
-        stop = clock.perf_counter() + SWEEP_SECONDS / len(SWEPT)
+        stop = clock.perf_counter() + SWEEP_SECONDS / sum(map(here.wants, SWEPT))
         for cut in sorted(_launches(model), key=lambda cut: _unlike(cut, default)):
             if clock.perf_counter() > stop:
                 break
