@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvpleat import accounting, compress
 from kvpleat.engine import sizes
 from kvpleat.engine.core import EngineCore
+from kvpleat.engine.observed import sample_bytes
 from kvpleat.engine.params import Emitted, Request, SamplingParams
 from kvpleat.errors import AttachError, OptionError, UnsupportedError
 from kvpleat.hf.families import base_of, describe
@@ -97,7 +98,10 @@ class Engine:
 
     def __init__(self, kind: str, family: str = "llama", **options: Any) -> None:
         defaults = {"kv_memory": "2MiB", "max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 200}
-        self.core = EngineCore(model_of(family), policy_of(kind, family), **{**defaults, **options})
+        options = {**defaults, **options}
+        self.core = EngineCore(model_of(family), policy_of(kind, family), **options)
+        given = (options[name] for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"))
+        self.samples = sample_bytes(self.core._attached.facts.shape, *given)
         self.steps = 0
         self.answers: dict[str, list[int]] = {}
         self.reasons: dict[str, str | None] = {}
@@ -120,6 +124,8 @@ class Engine:
             self.reasons[news.request_id] = news.finish_reason
             self.logprobs[news.request_id] += news.logprobs or []
         self.steps += 1
+        if (observed := self.core.runner._observed) is not None:
+            assert accounting.storage_bytes(list(observed._samples.values())) <= self.samples
         if self.steps % 4 == 0:
             check_integrity(self.core.runner.pool)
         return emitted
@@ -188,11 +194,11 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-def memory_of(kind: str, pages: int, seats: int = 4, family: str = "llama") -> int:
+def memory_of(kind: str, pages: int, seats: int = 4, family: str = "llama", step_tokens: int = 48) -> int:
     """Bytes of so many pages and of what else the cache needs, for sequences of 100 tokens."""
     policy, facts = policy_of(kind, family), describe(model_of(family))
     facts = facts.stored_with(policy.fields, None)
-    fixed = sizes.fixed_bytes(policy, facts, seats, 100)
+    fixed = sizes.fixed_bytes(policy, facts, seats, step_tokens, 100)
     return sum(fixed.values()) + pages * (accounting.page_bytes(facts.shape) + accounting.PAGE_OVERHEAD)
 
 
@@ -208,7 +214,7 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
     """Arrivals, cancels and pools that are too small for all: every request ends with its own tokens, and at the end
     all pages are free."""
     options = {"max_num_seqs": seats, "max_num_batched_tokens": step_tokens, "max_model_len": 100}
-    with Engine(kind, kv_memory=memory_of(kind, pages, seats), **options) as engine:
+    with Engine(kind, kv_memory=memory_of(kind, pages, seats, step_tokens=step_tokens), **options) as engine:
         assert engine.core.runner.pool.holders.numel() <= pages
         gone = set()
         for step in range(41):
@@ -246,7 +252,7 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
 def test_preempted(kind: str, family: str, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that give their pages up, in the middle of prompts and of answers, go on with the same tokens."""
     monkeypatch.setattr("kvpleat.engine.scheduler.SCALES", (0.125, 0.125))  # so that too many are let in
-    memory = memory_of(kind, pages, family=family)
+    memory = memory_of(kind, pages, family=family, step_tokens=64)
     with Engine(kind, family, kv_memory=memory, max_model_len=100, max_num_batched_tokens=64) as engine:
         lengths = [60, 33, 17, 60, 16, 33]
         for i, length in enumerate(lengths):

@@ -103,7 +103,7 @@ def core_for(it: Served, name: str, room: float | None, seats: int = SEATS, **op
     defaults = {"max_num_seqs": seats, "max_num_batched_tokens": max(STEP_TOKENS, seats), "max_model_len": LONGEST}
     if room is not None:
         facts = describe(it.model).stored_with(policy.fields, policy.bits)
-        fixed = sizes.fixed_bytes(policy, facts, seats, LONGEST)
+        fixed = sizes.fixed_bytes(policy, facts, seats, STEP_TOKENS, LONGEST)
         limits = sizes.limits(policy, facts, 2**40, seats, STEP_TOKENS, LONGEST)
         alone = max(limits.pages_for(LONGEST), limits.peak_pages(LONGEST)) + limits.streams
         page = accounting.page_bytes(facts.shape) + accounting.PAGE_OVERHEAD

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpleat.cache.observed import sample_stride
+from kvpleat import accounting
+from kvpleat.cache.observed import MAX_SAMPLES, sample_stride
 from kvpleat.engine.moments import Calendar
 from kvpleat.engine.rows import Feed, Row
 from kvpleat.types import KVShape
@@ -144,6 +145,17 @@ class Observed:
     def forget_all(self) -> None:
         """All rows left theirs."""
         self._samples.clear()
+
+
+def sample_bytes(shape: KVShape, seats: int, step_tokens: int, length: int) -> int:
+    """Bytes that samples take at most. Those of two steps are there at a time, of all their tokens perhaps, and one
+    prompt more for each of them is in the middle (the scheduler lets nobody in beside it).
+
+    Args:
+        seats: rows that run at a time. step_tokens: of a step. length: of a row, in tokens.
+    """
+    tokens = 2 * min(step_tokens + MAX_SAMPLES, seats * min(length, MAX_SAMPLES))
+    return accounting.query_bytes(shape, tokens)
 
 
 def remember(last: Tensor, layer: int, positions: Tensor, goes_well: Tensor, q: Tensor) -> None:

@@ -98,7 +98,7 @@ class Scheduler:
         """Rows that wait get seats, in order, while there are seats, tokens, and pages for all to go on a while."""
         pages = self.pages
         owed = sum(max(0, self._needs(row) - row.held) for row in self.running) if self.waiting and self._seats else 0
-        while self.waiting and self._seats and len(self.running) < self.step_tokens:
+        while self.waiting and self._seats and len(self.running) < self.step_tokens and not self._in_the_middle():
             row = self.waiting[0]
             if pages.prefixes.promised(row, self.running):
                 return
@@ -113,6 +113,10 @@ class Scheduler:
             self._seats.pop()
             self.running.append(self.waiting.popleft())
             self._plan.seated.append(row)
+
+    def _in_the_middle(self) -> bool:
+        """Whether a row has a part of its prompt, where much is remembered of each such row."""
+        return self.limits.calendar is not None and any(0 < row.fed < row.prompt_size for row in self.running)
 
     def _chunk(self, row: Row) -> bool:
         """As much of a row's prompt as there are tokens and pages for. Returns whether that is anything."""

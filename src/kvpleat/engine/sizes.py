@@ -11,6 +11,7 @@ from kvpleat import accounting
 from kvpleat.cache.memory import physical_memory
 from kvpleat.engine import sliding
 from kvpleat.engine.moments import Calendar, decides
+from kvpleat.engine.observed import sample_bytes
 from kvpleat.engine.rows import Limits
 from kvpleat.errors import OptionError, OutOfMemoryError
 from kvpleat.hf.families import ModelFacts
@@ -99,13 +100,23 @@ def ladder(most: int) -> list[int]:
     return [*sizes, most]
 
 
-def fixed_bytes(policy: Policy, facts: ModelFacts, seats: int, length: int, frozen: int = 0) -> dict[str, int]:
+def fixed_bytes(
+    policy: Policy, facts: ModelFacts, seats: int, step_tokens: int, length: int, frozen: int = 0
+) -> dict[str, int]:
     """Bytes of what the cache needs on the device beside its pages, by what it is."""
     found = pool_bytes(sliding.whole(facts), policy.delayed, seats + frozen, 0, length)[1]
     work = sum(decode.room_bytes(n, sliding.whole(facts), facts.device) for n in ladder(seats))
     queries = seats * accounting.query_bytes(facts.shape, policy.observation_window)
-    windows = sliding.fixed_bytes(facts, seats + frozen, length)
-    return {**found, "work lists of attention": work, "remembered queries": queries, "sliding windows": windows}
+    samples = 0
+    if policy.observation_window and decides(policy, facts.shape):
+        samples = sample_bytes(facts.shape, seats, step_tokens, length)
+    return {
+        **found,
+        "work lists of attention": work,
+        "remembered queries": queries,
+        "queries sampled of prompts": samples,
+        "sliding windows": sliding.fixed_bytes(facts, seats + frozen, length),
+    }
 
 
 def limits(
@@ -123,7 +134,7 @@ def limits(
     shape, memory = sliding.whole(facts), memory_for(kv_memory, facts.device)
     longest = shape.num_streams * -(-length // shape.page_size)
     most = seats * longest  # all that rows that run could ever use
-    fixed, page = fixed_bytes(policy, facts, seats, length), pool_bytes(shape, policy.delayed, 0, 1, 0)[0]
+    fixed, page = fixed_bytes(policy, facts, seats, step_tokens, length), pool_bytes(shape, policy.delayed, 0, 1, 0)[0]
     at_moments = decides(policy, facts.shape)
     found = Limits(
         seats=seats,
@@ -148,7 +159,7 @@ def limits(
             "max_model_len, or a policy that keeps less."
         )
     if sharing and found.calendar is None:
-        fixed_with = [sum(fixed_bytes(policy, facts, seats, length, frozen).values()) for frozen in (0, 1)]
+        fixed_with = [sum(fixed_bytes(policy, facts, seats, step_tokens, length, frozen).values()) for frozen in (0, 1)]
         row, left = fixed_with[1] - fixed_with[0], memory - fixed_with[0] - needed * page
         frozen = max(0, min(FROZEN, int(memory * FROZEN_SHARE) // row, left // row))
         pages = (memory - fixed_with[0] - frozen * row) // page
