@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from kvpleat.bench import engine_decode, engine_peers, engine_serve
+from kvpleat.bench.engine_models import SHAPES
 from kvpleat.bench.engine_report import Bench
 from kvpleat.bench.records import environment
 from kvpleat.engine.sizes import parse_bytes
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     bench = Bench(
         device, args.tiny, rows=args.rows, tokens=args.tokens, step_tokens=args.step_tokens, page_size=args.page_size,
         kv_memory=None if args.kv_memory is None else parse_bytes(args.kv_memory), compile=args.compile,
-        seconds=args.seconds, file=args.json, rate=args.rate, cases=args.cases, start=start,
+        seconds=args.seconds, file=args.json, rate=args.rate, shape=args.shape, cases=args.cases,
+        start=start,
     )  # fmt: skip
     bench.about = environment(device) | {
         "command": " ".join(["python -m kvpleat.bench.engine", *(sys.argv[1:] if argv is None else argv)]),
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-size", type=int, default=16, choices=(16, 32), help="entries (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="as LLM(compile=True)")
     parser.add_argument("--rate", type=float, help="requests a second of serve; a quarter more than ratio 1 can take")
+    parser.add_argument("--shape", choices=SHAPES, help="of compare")
     parser.add_argument("--cases", metavar="ROWSxTOKENS,...", help="of compare")
     return parser
 

@@ -55,12 +55,12 @@ Peer = Callable[[Bench, Any, Prompts, int], Times]
 def compare(bench: Bench) -> None:
     """transformers' generate with a dynamic, a static compiled, and a paged cache. The engine first, then its peers,
     case by case as long as there is time."""
-    model = bench.model("compare", SHAPE, OF_COMPARE)
+    model = bench.model("compare", bench.shape or SHAPE, OF_COMPARE)
     if model is None:
         return
     text = bench.cases or (TINY_CASES if bench.tiny else CASES)
     cases = [(int(rows), int(tokens)) for rows, tokens in (case.split("x") for case in text.split(","))]
-    bench.heading(f"compare: {SHAPE}, answers of {_answer(bench)} tokens", OF_COMPARE)
+    bench.heading(f"compare: {bench.shape or SHAPE}, answers of {_answer(bench)} tokens", OF_COMPARE)
     ours: dict[Case, Times] = {}
     for ratio in (1.0, 4.0):
         name = f"kvpleat, ratio {ratio:g}"

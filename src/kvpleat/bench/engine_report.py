@@ -36,7 +36,7 @@ class Bench:
         rows, tokens: of a decode step. kv_memory: bytes, or None for what the GPU has left.
         step_tokens: of a step with prompts. page_size: entries. compile: what `LLM(compile=)` does.
         seconds: after which no case is begun any more. file: for all records, written after each.
-        rate: requests a second of `serve`, cases of `compare`: see their parts.
+        rate: requests a second of `serve`; shape, cases: model and prompts of `compare`. See their parts.
         bandwidth: bytes per second that a large copy reads and writes, by the clock of the graphs.
     """
 
@@ -51,6 +51,7 @@ class Bench:
     seconds: float = 500.0
     file: Path | None = None
     rate: float | None = None
+    shape: str | None = None
     cases: str | None = None
     bandwidth: float = 0.0
     about: dict[str, Any] = field(default_factory=dict)
