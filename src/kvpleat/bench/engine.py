@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-size", type=int, default=16, choices=(16, 32), help="entries (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="as LLM(compile=True)")
     parser.add_argument("--rate", type=float, help="requests a second of serve; a quarter more than ratio 1 can take")
-    parser.add_argument("--shape", choices=SHAPES, help="of compare")
+    parser.add_argument("--shape", choices=SHAPES, help="of compare and throughput")
     parser.add_argument("--cases", metavar="ROWSxTOKENS,...", help="of compare")
     return parser
 

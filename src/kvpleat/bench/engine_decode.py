@@ -61,7 +61,7 @@ def long(bench: Bench) -> None:
 def throughput(bench: Bench) -> None:
     """As many rows as the same memory holds, at each ratio."""
     shapes = ("llama-3-8b", "gpt2-124m") if bench.tiny else ("llama-3-8b", "llama-2-7b", "gpt2-124m", "gpt2-1.5b")
-    for shape in shapes:
+    for shape in [bench.shape] if bench.shape else shapes:
         short = shape.startswith("gpt2")
         tokens, ratios = (SHORT, (1.0, 4.0)) if short else (bench.tokens, (1.0, 2.6, 4.0, 8.0))
         tokens = 192 if bench.tiny else tokens

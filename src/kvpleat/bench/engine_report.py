@@ -36,7 +36,7 @@ class Bench:
         rows, tokens: of a decode step. kv_memory: bytes, or None for what the GPU has left.
         step_tokens: of a step with prompts. page_size: entries. compile: what `LLM(compile=)` does.
         seconds: after which no case is begun any more. file: for all records, written after each.
-        rate: requests a second of `serve`; shape, cases: model and prompts of `compare`. See their parts.
+        rate: requests a second of `serve`; shape: of `throughput` and `compare`; cases: of `compare`. See these parts.
         bandwidth: bytes per second that a large copy reads and writes, by the clock of the graphs.
     """
 
