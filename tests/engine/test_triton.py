@@ -10,7 +10,7 @@ from kvpleat import compress
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.hf.families import base_of, describe
-from kvpleat.kernels import decode, extend, fork, prefill, update
+from kvpleat.kernels import decode, extend, fork, gate, prefill, update
 from kvpleat.kernels.device_pool import check_integrity
 from kvpleat.policies import DMC, DMS, AttentionScore, Fold, GateConfig, Gates, Window
 from kvpleat.policies.base import Policy
@@ -47,6 +47,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(update_triton, name, size)
     for module in (update, extend, fork):
         monkeypatch.setattr(module, "_on_gpu", lambda pool: True)
+    monkeypatch.setattr(gate, "runs_on_triton", lambda *tensors: True)
     monkeypatch.setattr(decode, "attend", decode.on_gpu)
     monkeypatch.setattr(decode, "plan", decode.plan_on_gpu)
     monkeypatch.setattr(prefill, "attend", attend)

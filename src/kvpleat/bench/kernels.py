@@ -26,9 +26,16 @@ SEED = 0
 
 def all_cases() -> list[Cases]:
     """Every kernel module that is checked and timed here. Imported late: it needs Triton."""
-    from kvpleat.bench import kernels_decode, kernels_extend, kernels_prefill, kernels_sampling, kernels_update
+    from kvpleat.bench import (
+        kernels_decode,
+        kernels_extend,
+        kernels_gate,
+        kernels_prefill,
+        kernels_sampling,
+        kernels_update,
+    )
 
-    modules = kernels_decode, kernels_prefill, kernels_update, kernels_extend, kernels_sampling
+    modules = kernels_decode, kernels_prefill, kernels_update, kernels_extend, kernels_sampling, kernels_gate
     return [module.CASES for module in modules]
 
 

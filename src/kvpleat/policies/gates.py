@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvpleat.errors import ModelError, OptionError
+from kvpleat.kernels import gate
 from kvpleat.policies import lora
 from kvpleat.policies.lora import LoraWeights
 
@@ -126,16 +127,15 @@ class Gates(nn.Module):
         """Logits of one layer, in float32 whatever the model computes in: hidden [R, T, hidden] -> [outputs, R, H, T].
 
         A product of 16-bit numbers would be rounded differently for one token and for many, and so decide differently.
+        Where this runs: `kernels.gate`; in torch, where the gate is an MLP.
         """
-        x = hidden.float()
-        if len(self.inner):
-            inner: Any = self.inner[layer]
-            x = nn.functional.silu(nn.functional.linear(x, inner.weight.float(), inner.bias.float()))
         outer: Any = self.outer[layer]
-        # Not addmm, which would scale and add in the same call: where the factor is not 1 it takes twice as long.
-        logits: Tensor = nn.functional.linear(x, outer.weight.float()) * self.config.scale + outer.bias.float()
-        grouped: Tensor = logits.unflatten(-1, (self.config.outputs, self.config.num_kv_heads))
-        return grouped.permute(2, 0, 3, 1)
+        given = outer.weight, outer.bias, self.config.scale, self.config.outputs
+        if not len(self.inner):
+            return gate.logits(hidden, *given)
+        inner: Any = self.inner[layer]
+        x = nn.functional.linear(hidden.float(), inner.weight.float(), inner.bias.float())
+        return gate.by_torch(nn.functional.silu(x), *given)
 
     def __repr__(self) -> str:
         config = self.config
