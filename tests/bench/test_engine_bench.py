@@ -1,5 +1,6 @@
 """The benchmark of the engine: that its parts run, and that floors, ratios and rates are what they are said to be."""
 
+import gc
 import json
 import math
 import time
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvpleat.bench import engine, engine_peers, engine_serve, engine_state, floor
+from kvpleat.bench import engine, engine_host, engine_peers, engine_serve, engine_state, floor
 from kvpleat.bench.engine_models import Profile, calibrate, policy_for, profile, random_model, scaled, spread
 from kvpleat.bench.engine_report import Bench, OutOfTime, limit
 from kvpleat.engine.core import EngineCore
 from kvpleat.kernels.device_pool import check_integrity
-from kvpleat.policies import DMC, DMS
+from kvpleat.policies import DMC, DMS, Full
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, CHANNELS, HIDDEN, VOCAB = 3, 2, 8, 48, 97  # of the tiny model
@@ -44,6 +45,38 @@ def ran(part: str, folder: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = figures["records"]
     assert all(record["part"] == part for record in records)
     return records
+
+
+def test_what_a_step_costs_the_host(tmp_path: Path) -> None:
+    (record,) = ran("host", tmp_path)
+    assert record["rows"] == 3
+    parts = sum(record[f"{name}_seconds"] for name in ("plan", "launch", "rest"))
+    assert record["step_seconds"] == pytest.approx(parts)
+    assert 0 < record["plan_seconds"] < record["step_seconds"] <= record["most_seconds"]
+
+
+def test_a_step_makes_no_objects_for_each_row(bench: Bench) -> None:
+    """Or Python looks for garbage among all that a process has, again and again."""
+    model = random_model("gpt2-124m", CPU, tiny=True)
+    core = engine_state.new_core(bench, model, Full(), 2**28, 128, 128, max_num_batched_tokens=engine_state.BATCHED)
+    try:
+        engine_host.without_device(core)
+        for number in range(128):
+            core.add(engine_state.random_request(number, 16, 64, VOCAB))
+        for _ in range(3):
+            core.step()
+        gc.collect()
+        gc.disable()
+        before = gc.get_count()[0]
+        gained = core.step()
+        made = gc.get_count()[0] - before
+    finally:
+        gc.enable()
+        core.close()
+    assert len(gained) == 128
+    assert {news.request_id for news in gained} == {str(number) for number in range(128)}
+    assert all(news == (news.request_id, [engine_host.TOKEN], None, None, 0) for news in gained)
+    assert made < 64
 
 
 @pytest.mark.parametrize("part", ["step", "long"])

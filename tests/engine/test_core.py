@@ -117,7 +117,7 @@ class Engine:
         self.answers[name], self.reasons[name], self.logprobs[name] = [], None, []
 
     def step(self) -> list[Emitted]:
-        emitted = self.core.step()
+        emitted = list(self.core.step())
         for news in emitted:
             assert self.reasons[news.request_id] is None, "something comes after the end"
             self.answers[news.request_id] += news.token_ids
@@ -361,7 +361,7 @@ def test_draws_depend_on_the_request_alone(kind: str, monkeypatch: pytest.Monkey
     wanted = answers(several=False)
     assert len({tuple(answer) for answer in wanted.values()}) == 4, "33 comes twice, with two seeds"
     assert answers(several=True, max_num_batched_tokens=5) == wanted
-    monkeypatch.setattr("kvpleat.engine.scheduler.AHEAD", 4)  # so that too many are let in
+    monkeypatch.setattr("kvpleat.engine.reckoned.AHEAD", 4)  # so that too many are let in
     monkeypatch.setattr("kvpleat.engine.scheduler.SCALES", (0.125, 0.125))
     assert answers(several=True, pages={"full": 34, "fold": 32}[kind], max_num_batched_tokens=64) == wanted
 

@@ -15,7 +15,7 @@ from kvpleat.engine.attach import Attached
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.params import Request, SamplingParams
-from kvpleat.engine.rows import Feed, Fork, Frozen, Plan, Row
+from kvpleat.engine.rows import Decoding, Feed, Fork, Frozen, Plan, Row, whole
 from kvpleat.engine.runner import Runner, packed
 from kvpleat.engine.sizes import ladder, parse_bytes
 from kvpleat.errors import OptionError
@@ -40,7 +40,8 @@ def plan_of(tokens: list[tuple[int, int]], chunks: list[tuple[int, int, int, boo
         return Row(Request(str(seat), tuple(range(10 * seat, 10 * seat + 50)), SamplingParams()), 0, 99)
 
     plan = Plan([], False, False)
-    plan.tokens = [Feed(row(seat), seat, start, 1, True, 7) for seat, start in tokens]
+    seats, starts = ([x[i] for x in tokens] for i in range(2))
+    plan.tokens = Decoding([row(seat) for seat in seats], seats, whole(starts), whole([7] * len(seats)))
     plan.chunks = [Feed(row(seat), seat, start, size, draws, 0) for seat, start, size, draws in chunks]
     return plan
 
@@ -148,8 +149,8 @@ def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: 
         object.__setattr__(feed.row.request, "params", SamplingParams(**sampling))
         feed.row.seat = feed.seat
     steps[0].seated = [feed.row for feed in steps[0].chunks]
-    steps[2].released, steps[2].clear = [(1, steps[1].tokens[0].row)], True
-    gone = steps[1].tokens[0].row
+    steps[2].released, steps[2].clear = [(1, steps[1].tokens.rows[0])], True
+    gone = steps[1].tokens.rows[0]
     frozen = [Frozen(row, None, gone) for row in (4, 5, 6)]
     steps[1].taken = [Fork(steps[1].chunks[0].row, 0, frozen[0])]
     steps[2].kept, steps[2].dropped = [Fork(gone, 1, frozen[1])], [6]

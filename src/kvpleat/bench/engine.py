@@ -1,13 +1,14 @@
 """The engine beside its floor, its rivals and itself without compression: `python -m kvpleat.bench.engine`
 
 Parts, in the order they run:
-- step: a decode step of one batch at ratio 1, 4 and 8; - throughput: as many rows as one memory holds, at each ratio;
+- host: what a step costs the host, by number of rows; - step: a decode step of one batch at ratio 1, 4 and 8;
+- throughput: as many rows as one memory holds, at each ratio;
 - compare: transformers' generate, with three caches, on the same prompts; - prefill: time to the first token;
 - long: one row of 32k and 128k tokens; - serve: requests that come as they like.
 
 The floor of a step is the bytes of weights and live entries over the bandwidth of a large copy, measured here by the
 clock that times the graphs. Models have random weights, and gates that keep in each head what trained gates keep.
-On a CPU pass --tiny, which shows that all of it runs.
+On a CPU pass --tiny, which shows that all of it runs; `--only host` needs no GPU.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import torch
 
-from kvpleat.bench import engine_decode, engine_peers, engine_serve
+from kvpleat.bench import engine_decode, engine_host, engine_peers, engine_serve
 from kvpleat.bench.engine_models import SHAPES
 from kvpleat.bench.engine_report import Bench
 from kvpleat.bench.records import environment
 from kvpleat.engine.sizes import parse_bytes
 
 PARTS: dict[str, Callable[[Bench], None]] = {
+    "host": engine_host.host,
     "step": engine_decode.step,
     "throughput": engine_decode.throughput,
     "compare": engine_peers.compare,
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in chosen if name not in PARTS]:
         parser.error(f"--only {','.join(unknown)}: there are {', '.join(PARTS)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
+    if device.type == "cpu" and not args.tiny and chosen != ["host"]:
         parser.error("there is no GPU, and models of this size take hours on a CPU. Pass --tiny to see that it runs.")
     start = time.perf_counter()
     bench = Bench(

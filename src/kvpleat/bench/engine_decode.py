@@ -8,7 +8,7 @@ from kvpleat.accounting import full_bytes, human_bytes
 from kvpleat.bench import engine_state
 from kvpleat.bench.engine_models import policy_for, profile
 from kvpleat.bench.engine_report import Bench, Column
-from kvpleat.engine.scheduler import AHEAD
+from kvpleat.engine.reckoned import AHEAD
 from kvpleat.hf.families import describe
 
 COLUMNS: list[Column] = [

@@ -24,8 +24,8 @@ from kvpleat.bench.floor import weights_read
 from kvpleat.bench.kernel_timing import Machine
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Request, SamplingParams
+from kvpleat.engine.reckoned import AHEAD
 from kvpleat.engine.rows import Plan
-from kvpleat.engine.scheduler import AHEAD
 from kvpleat.hf.families import describe
 from kvpleat.kernels import update
 from kvpleat.kernels.device_pool import DevicePool, pool_bytes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpleat import accounting
-from kvpleat.engine import scheduler, sizes
+from kvpleat.engine import reckoned, sizes
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.jobs import Job
 from kvpleat.engine.params import SamplingParams
@@ -145,11 +145,11 @@ def poisoned(it: Served) -> Iterator[None]:
 @contextmanager
 def careless() -> Iterator[None]:
     """Rows are let in with little thought for what they grow to, so that guesses are often wrong."""
-    kept, scheduler.AHEAD = scheduler.AHEAD, 4
+    kept, reckoned.AHEAD = reckoned.AHEAD, 4
     try:
         yield
     finally:
-        scheduler.AHEAD = kept
+        reckoned.AHEAD = kept
 
 
 def job_by_chance(name: str, chance: random.Random, vocabulary: int) -> Job:

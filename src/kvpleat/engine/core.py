@@ -15,6 +15,7 @@ others to begin with is dropped.
 """
 
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from torch import nn
 
 from kvpleat.engine import sampling, sizes
 from kvpleat.engine.attach import Attached
-from kvpleat.engine.params import Emitted, Request, TokenLogprobs
-from kvpleat.engine.rows import Feed, Plan, Row
+from kvpleat.engine.gained import Gained
+from kvpleat.engine.params import Emitted, Request
+from kvpleat.engine.rows import Plan, Row
 from kvpleat.engine.runner import Launched, Runner
-from kvpleat.engine.sampling import NO_TOKEN
+from kvpleat.engine.sampling import NO_TOKEN, record
 from kvpleat.engine.scheduler import Scheduler
 from kvpleat.errors import OptionError
 from kvpleat.policies.base import Policy
@@ -139,7 +141,7 @@ class EngineCore:
         """Forget all beginnings of texts that no request uses. Their pages are free with the next step."""
         self.scheduler.pages.forget()
 
-    def step(self) -> list[Emitted]:
+    def step(self) -> Sequence[Emitted]:
         """Start the next step of the batch, then wait for the one before it.
 
         Returns:
@@ -149,7 +151,7 @@ class EngineCore:
             plan = self.scheduler.schedule(runs=self._runs is not None and not self._void)
             before, fits = self._runs, True
             try:
-                self._runs = self.runner.launch(plan) if plan.feeds or plan.kept else None
+                self._runs = self.runner.launch(plan) if plan.size or plan.kept else None
             except Exception as error:
                 if not sizes.out_of_memory(error):
                     raise
@@ -159,42 +161,60 @@ class EngineCore:
             if fits:
                 return self._settle(before, plan)
             self._runs = None
-            emitted = self._settle(before, plan)
+            gained = self._settle(before, plan)
             self.runner.start_over()
             self.scheduler.start_over(plan)
-            return emitted + self._without_memory()
+            return self._without_memory(gained)
 
-    def _settle(self, before: Launched | None, plan: Plan) -> list[Emitted]:
+    def _settle(self, before: Launched | None, plan: Plan) -> Gained:
         """What the step before brought, once it has ended. plan: of the one that was launched since."""
         if before is None or self._void:
             self._void = False
-            return []
+            return Gained()
         counters, drawn = self.runner.collect(before)
         if self.scheduler.settle(before.plan, counters, plan):
-            return [x for feed, token, logprobs in drawn if (x := self._take(feed, token, logprobs)) is not None]
+            return self._take(before, drawn)
         self._void = self._runs is not None
-        return self._without_memory()
+        return self._without_memory(Gained())
 
-    def _take(self, feed: Feed, token: int, logprobs: TokenLogprobs | None) -> Emitted | None:
-        """A row gains a token; None: it had ended already."""
-        row = feed.row
-        if row.reason is not None:
-            return None
-        if token == NO_TOKEN:
-            self._finish(row, "error")
-            return Emitted(row.request.id, [], None, "error", row.cached)
-        row.tokens.append(token)
-        reason = "stop" if token in row.ends else "length" if len(row.tokens) == row.limit else None
-        if reason is not None:
-            self._finish(row, reason)
-        return Emitted(row.request.id, [token], None if logprobs is None else [logprobs], reason, row.cached)
+    def _take(self, launched: Launched, drawn: list[int]) -> Gained:
+        """Rows gain the tokens that were drawn in their seats, but for those that had ended already."""
+        draws = [feed for feed in launched.plan.chunks if feed.draws]
+        rows = [*launched.plan.tokens.rows, *(feed.row for feed in draws)]
+        seats = [*launched.plan.tokens.seats, *(feed.seat for feed in draws)]
+        if gone := [place for place, row in enumerate(rows) if row.reason is not None]:
+            for place in reversed(gone):
+                del rows[place], seats[place]
+        tokens = [drawn[seat] for seat in seats]
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+        gained = Gained(rows, tokens)
+        if launched.sampled is not None:
+            told = (record(launched.sampled, row.request.params.logprobs, seats[i]) for i, row in enumerate(rows))
+            gained.logprobs = {i: each for i, each in enumerate(told) if each is not None}
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token in row.ends or len(row.tokens) == row.limit or token == NO_TOKEN:
+                gained.reasons[place] = self._ended(row)
+        return gained
 
-    def _without_memory(self) -> list[Emitted]:
-        """Rows that ended because even alone they need more pages than there are."""
-        ended = [row for row in self._rows.values() if row.reason == "memory"]
-        for row in ended:
+    def _ended(self, row: Row) -> str:
+        """A row's last token was its last. Returns why."""
+        if row.tokens[-1] == NO_TOKEN:
+            row.tokens.pop()
+            reason = "error"
+        else:
+            reason = "stop" if row.tokens[-1] in row.ends else "length"
+        self._finish(row, reason)
+        return reason
+
+    def _without_memory(self, gained: Gained) -> Gained:
+        """And rows that ended because even alone they need more pages than there are."""
+        for row in [row for row in self._rows.values() if row.reason == "memory"]:
             del self._rows[row.request.id]
-        return [Emitted(row.request.id, [], None, "memory", row.cached) for row in ended]
+            gained.reasons[len(gained)] = "memory"
+            gained.rows.append(row)
+            gained.tokens.append(NO_TOKEN)
+        return gained
 
     def _finish(self, row: Row, reason: str) -> None:
         self.scheduler.finish(row, reason)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvpleat.errors import OptionError
 
@@ -168,8 +168,7 @@ class TokenLogprobs:
     rank: int
 
 
-@dataclass(frozen=True)
-class Emitted:
+class Emitted(NamedTuple):
     """What one request gained in a step of the core.
 
     Args:

@@ -1,12 +1,21 @@
 """The nouns of the scheduler: what there is, requests as rows, and what a step feeds. Whole numbers on the host."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvpleat.engine.moments import Calendar
 from kvpleat.engine.params import Request
+
+
+def whole(numbers: list[int]) -> NDArray[np.int64]:
+    """Whole numbers as an array, also none."""
+    return np.array(numbers, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,18 @@ class Limits:
             return math.ceil(self.streams * (entries / self.page_size + 0.5))
         return self.streams * math.ceil(entries / self.page_size)
 
+    def pages_of(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`pages_for` of each of many rows."""
+        known = self._pages
+        for count in set(tokens[known[tokens] < 0].tolist()):
+            known[count] = self.pages_for(count)
+        return known[tokens]
+
+    @functools.cached_property
+    def _pages(self) -> NDArray[np.int64]:
+        """What `pages_for` says, by tokens, as far as it was asked; else -1."""
+        return np.full(self.length + 1, -1)
+
     def peak_pages(self, tokens: int) -> int:
         """Pages that a prompt of so many tokens is expected to need on its way."""
         return 0 if self.peak is None else self.streams * -int(-self.peak(tokens) // self.page_size)
@@ -71,7 +92,7 @@ class Share:
     holders: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Holder:
     """Who has pages.
 
@@ -108,7 +129,7 @@ class Holder:
             share.holders += 1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Frozen(Holder):
     """A row of the pool that nobody runs: a text up to some token, for others to begin with.
 
@@ -126,7 +147,7 @@ class Frozen(Holder):
     movable: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Row(Holder):
     """A request, from its arrival to its end.
 
@@ -134,7 +155,8 @@ class Row(Holder):
         request: what was asked. seed: of its sampling. limit: tokens at which it ends. ends: tokens that end it.
 
     Attributes:
-        tokens: prompt and output, as far as the host knows. drawn: how many there are on the device.
+        tokens: prompt and output, as far as the host knows. drawn: how many there are on the device. prompt_size:
+            tokens of the prompt.
         goal: those to feed as a prompt. fed: those in the cache; both counts include the step that runs.
         seat: None while it waits. needs: pages that it gave up.
         longest: entries that its longest stream had room for when `counted` tokens were fed.
@@ -149,6 +171,7 @@ class Row(Holder):
     tokens: list[int] = field(init=False)
     drawn: int = field(init=False)
     goal: int = field(init=False)
+    prompt_size: int = field(init=False)
     fed: int = 0
     seat: int | None = None
     needs: int = 0
@@ -161,21 +184,11 @@ class Row(Holder):
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
-        self.drawn = self.goal = len(self.tokens)
-
-    @property
-    def prompt_size(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
+        self.drawn = self.goal = self.prompt_size = len(self.tokens)
 
     def most_entries(self, tokens: int) -> int:
         """Entries that a stream has at most once so many tokens were fed."""
         return min(tokens, self.longest + tokens - self.counted)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether its next token is one that was drawn, and the one after that is wanted."""
-        return self.goal <= self.fed < self.drawn < self.limit
 
 
 class Feed(NamedTuple):
@@ -188,6 +201,30 @@ class Feed(NamedTuple):
     size: int
     draws: bool
     number: int
+
+
+@dataclass(eq=False)
+class Decoding:
+    """A token of each of n rows, that draw the next one: an object a row and step is more than the host has time for.
+    As feeds when iterated.
+
+    Args:
+        rows, seats: whose they are. starts: [n] their positions. numbers: [n] of the tokens that are drawn, in the
+            rows' outputs.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    seats: list[int] = field(default_factory=list)
+    starts: NDArray[np.int64] = field(default_factory=lambda: whole([]))
+    numbers: NDArray[np.int64] = field(default_factory=lambda: whole([]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Feed]:
+        numbers = self.starts.tolist(), self.numbers.tolist()
+        for row, seat, start, number in zip(self.rows, self.seats, *numbers, strict=True):
+            yield Feed(row, seat, start, 1, True, number)
 
 
 class Fork(NamedTuple):
@@ -216,7 +253,7 @@ class Plan:
     clear: bool
     cautious: bool
     seated: list[Row] = field(default_factory=list)
-    tokens: list[Feed] = field(default_factory=list)
+    tokens: Decoding = field(default_factory=Decoding)
     chunks: list[Feed] = field(default_factory=list)
     size: int = 0
     pages: int = 0
@@ -234,11 +271,16 @@ class Plan:
     @property
     def feeds(self) -> list[Feed]:
         """All that is fed."""
-        return self.tokens + self.chunks
+        return [*self.tokens, *self.chunks]
+
+    @property
+    def width(self) -> int:
+        """Seats up to the highest one that has something to feed."""
+        return 1 + max(max(self.tokens.seats, default=-1), max((feed.seat for feed in self.chunks), default=-1))
 
     def take_back(self) -> list[Row]:
         """Nothing of it has happened. Returns rows that were to begin with others, the youngest first."""
-        for feed in reversed(self.feeds):
+        for feed in self.feeds:
             feed.row.drawn -= feed.draws
             feed.row.fed = feed.start
         return [fork.row for fork in reversed(self.begun) if fork.row.seat is not None]

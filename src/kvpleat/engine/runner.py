@@ -20,9 +20,8 @@ from kvpleat.engine.attach import Attached
 from kvpleat.engine.attention import Prompts, Step, Tokens
 from kvpleat.engine.decisions import looking_back
 from kvpleat.engine.graphs import Graphs
-from kvpleat.engine.params import TokenLogprobs
-from kvpleat.engine.rows import Counters, Feed, Fork, Plan
-from kvpleat.engine.sampling import Mode, Sampled, Sampler, record
+from kvpleat.engine.rows import Counters, Fork, Plan
+from kvpleat.engine.sampling import Mode, Sampled, Sampler
 from kvpleat.engine.sizes import ladder
 from kvpleat.engine.transfer import packed, pinned, to_host
 from kvpleat.kernels import decode, extend, fork, reference, update
@@ -110,7 +109,7 @@ class Runner:
             self.sampler.seat(row.seat, row.request.params, row.seed, self._end_ids)
         if plan.begun:
             told.append(self._fork(plan.begun, begin=True))
-        counted, sampled = self._step(plan) if plan.feeds else (self._counted(0), None)
+        counted, sampled = self._step(plan) if plan.size else (self._counted(0), None)
         if plan.taken:
             told.append(self._fork(plan.taken, spare=len(plan.tokens) * self.pool.shape.num_streams))
         if sampled is not None:
@@ -120,7 +119,8 @@ class Runner:
 
     def _step(self, plan: Plan) -> tuple[Tensor, Sampled | None]:
         """The forward, and a draw for every seat: see `Launched`."""
-        n = next(n for n in self._widths if n > max(feed.seat for feed in plan.feeds))
+        highest = plan.width
+        n = next(n for n in self._widths if n >= highest)
         if plan.chunks:
             self._mixed(n, plan)
         elif self.device.type == "cuda":
@@ -128,8 +128,7 @@ class Runner:
         else:
             self._decode(n, self._columns(plan))
         if self._decisions is None:
-            policy, facts = self.attached.policy, self.attached.facts
-            windows.slide(self._widths[n].pool, policy, facts, plan.feeds, self._sent)
+            windows.slide(self._widths[n].pool, self.attached.policy, self.attached.facts, plan, self._sent)
         else:
             self._decisions.after(plan.feeds)
         mode = self.sampler.mode
@@ -142,9 +141,11 @@ class Runner:
         """Send the numbers of a step to the device, and empty the rows that leave before it. Returns what became of
         those that stay frozen."""
         written = np.zeros((5, self._next.shape[0]), dtype=np.int32)
-        for feed in plan.tokens:
-            written[POSITIONS, feed.seat], written[ACTIVE, feed.seat] = feed.start, 1
-        for feed in plan.feeds:
+        if tokens := plan.tokens:
+            seats = np.array(tokens.seats)
+            written[POSITIONS, seats], written[NUMBERS, seats] = tokens.starts, tokens.numbers
+            written[ACTIVE, seats] = written[DRAWS, seats] = 1
+        for feed in plan.chunks:
             written[NUMBERS, feed.seat], written[DRAWS, feed.seat] = feed.number, feed.draws
         for number, (seat, row) in enumerate(plan.released):
             written[RELEASED, number] = seat
@@ -260,8 +261,8 @@ class Runner:
 
     # ---- between host and device
 
-    def collect(self, launched: Launched) -> tuple[Counters, list[tuple[Feed, int, TokenLogprobs | None]]]:
-        """What became of a step: waits for its end. Counters, and of each row that drew its token (NO_TOKEN: there was
+    def collect(self, launched: Launched) -> tuple[Counters, list[int]]:
+        """What became of a step: waits for its end. Counters, and the token that each seat drew (NO_TOKEN: there was
         none to choose)."""
         if launched.done is not None:
             launched.done.synchronize()
@@ -269,19 +270,15 @@ class Runner:
         if self._observed is not None and not missing:
             self._observed.settle(launched.plan.feeds)
         held, longest, tokens = (rest[i * len(rest) // 3 : (i + 1) * len(rest) // 3] for i in range(3))
-        drawn = [
-            (feed, tokens[feed.seat], record(launched.sampled, feed.row.request.params.logprobs, feed.seat))
-            for feed in launched.plan.feeds
-            if feed.draws
-        ]
         forked = [] if launched.forked is None else launched.forked.T.tolist()
-        return Counters(free, missing, held, longest, forked), drawn
+        return Counters(free, missing, held, longest, forked), tokens
 
     def _columns(self, plan: Plan) -> int:
         """Pages of the longest stream that there can be; on a GPU nobody reads more than lengths say."""
         if self.device.type == "cuda":
             return self.pool.page_table.shape[-1]
-        return -(-max(feed.start + feed.size for feed in plan.feeds) // self.pool.shape.page_size)
+        last = max(plan.tokens.starts.max(initial=-1) + 1, *(feed.start + feed.size for feed in plan.chunks), 0)
+        return -(-int(last) // self.pool.shape.page_size)
 
     def _sent(self, x: Tensor) -> Tensor:
         return pinned(x, self.device).to(self.device, non_blocking=True)

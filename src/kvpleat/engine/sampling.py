@@ -132,7 +132,7 @@ class Sampler:
         """The least mode that serves all seats in use. Known on the host."""
         if self._mode is None:
             self._mode = Mode()
-            for needs in self._needs.values():
+            for needs in set(self._needs.values()):
                 self._mode = self._mode.joined(needs)
         return self._mode
 

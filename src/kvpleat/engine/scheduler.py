@@ -17,12 +17,11 @@ which one token alone finds none, twice, ends with "memory".
 from collections import deque
 
 from kvpleat.engine.pages import Pages
-from kvpleat.engine.rows import Counters, Feed, Fork, Frozen, Limits, Plan, Row
+from kvpleat.engine.reckoned import Reckoned
+from kvpleat.engine.rows import Counters, Decoding, Feed, Fork, Frozen, Limits, Plan, Row, whole
 
-AHEAD = 64  # tokens that every row should be able to go on for when another one is admitted
 CAUTIOUS = 32  # steps in which every stream is reckoned to take a page, after a chunk found too few
 PATIENCE = (16, 1024)  # steps that go well before larger ones are tried again: at first, and after many failures
-SCALES = (0.125, 8.0)  # how far from what is expected rows are believed to be
 KEPT = ("stop", "length", "abort")  # rows that ended like this may be what others begin with
 
 
@@ -48,7 +47,7 @@ class Scheduler:
         self._plan = Plan([], False, False)  # the step that is planned
         self._clear = False
         self._caution = 0
-        self._scale = 1.0  # pages that rows were seen to hold, over what was expected
+        self._reckoned = Reckoned(limits)
 
     def add(self, row: Row) -> None:
         """Let a row wait."""
@@ -72,10 +71,7 @@ class Scheduler:
         self._empty(plan.released)
         if not runs and not self.running:
             self.pages.free = self.limits.pages - self.pages.prefixes.pages
-        for row in self.running:
-            if row.decodes:
-                plan.pages += self._growth(row, plan.cautious)
-                plan.tokens.append(self._feed(row, 1))
+        self._decode(plan)
         self.pages.room(plan.pages + len(plan.tokens) * self.limits.streams)
         if self._go_on_with_prompts() and not (plan.clear and self.running):
             self._admit()
@@ -83,6 +79,16 @@ class Scheduler:
             self._make_progress()
         self.pages.end(plan)
         return plan
+
+    def _decode(self, plan: Plan) -> None:
+        """A token of every row that has one which was drawn, and wants another."""
+        rows = [row for row in self.running if row.goal <= row.fed < row.drawn < row.limit]
+        starts, numbers = whole([row.fed for row in rows]), whole([row.drawn - row.prompt_size for row in rows])
+        plan.tokens = Decoding(rows, [row.seat for row in rows], starts, numbers)  # type: ignore[misc]  # they have one
+        plan.size, plan.pages = len(rows), self._reckoned.growth(starts, plan.cautious)
+        for row in rows:
+            row.fed += 1
+            row.drawn += 1
 
     def _empty(self, released: list[tuple[int, Row]]) -> None:
         forks = [self.pages.leave(row, seat, row.reason in KEPT) for seat, row in released]
@@ -92,18 +98,18 @@ class Scheduler:
 
     def _go_on_with_prompts(self) -> bool:
         """Chunks of rows that are in the middle of their prompts. Returns whether all of them could go on."""
-        return all(row.fed >= row.goal or self._chunk(row) for row in self.running)
+        return all(self._chunk(row) for row in [row for row in self.running if row.fed < row.goal])
 
     def _admit(self) -> None:
         """Rows that wait get seats, in order, while there are seats, tokens, and pages for all to go on a while."""
         pages = self.pages
-        owed = sum(max(0, self._needs(row) - row.held) for row in self.running) if self.waiting and self._seats else 0
+        owed = self._reckoned.owed(self.running) if self.waiting and self._seats else 0
         while self.waiting and self._seats and len(self.running) < self.step_tokens and not self._in_the_middle():
             row = self.waiting[0]
             if pages.prefixes.promised(row, self.running):
                 return
             frozen = pages.prefixes.find(row)
-            owed += self._needs(row) - (frozen.held - frozen.movable if frozen else 0)
+            owed += self._reckoned.needs(row) - (frozen.held - frozen.movable if frozen else 0)
             if self.running and (owed > pages.most or owed > pages.room(owed, frozen)):
                 return
             row.seat = self._seats[-1]
@@ -166,7 +172,7 @@ class Scheduler:
     def _feed(self, row: Row, count: int) -> Feed:
         assert row.seat is not None
         draws = row.fed + count == row.drawn
-        feed = Feed(row, row.seat, row.fed, count, draws, row.drawn - len(row.request.prompt))
+        feed = Feed(row, row.seat, row.fed, count, draws, row.drawn - row.prompt_size)
         row.fed += count
         row.drawn += draws
         self._plan.size += count
@@ -183,14 +189,7 @@ class Scheduler:
         Returns:
             whether the step went well. If not, nothing of it, nor of the later one, has happened, but that rows left.
         """
-        new = set(later.seated) if later else set()
-        for row in self.running:
-            if row.seat is not None and row.seat < len(counters.held) and row not in new:
-                row.held = counters.held[row.seat]
-        for feed in plan.feeds if counters.longest and not counters.missing else ():
-            if feed.row.seat == feed.seat and feed.row not in new:
-                longest = counters.longest[feed.seat] * self.limits.page_size
-                feed.row.longest, feed.row.counted = longest, feed.start + feed.size
+        self._look(plan, counters, set(later.seated) if later else set())
         void = later.kept + later.taken if later and counters.missing else []
         for each in (later, plan) if counters.missing else ():
             for row in each.take_back() if each else ():
@@ -200,14 +199,25 @@ class Scheduler:
         if counters.missing:
             self._give_way(plan, counters, left)
             return False
-        held = sum(counters.held[feed.seat] for feed in plan.tokens)
-        expected = sum(self.limits.pages_for(feed.start + 1) for feed in plan.tokens)
+        self._reckoned.correct(plan.tokens, counters.held)
         self._well += 1
         if self.step_tokens < self.limits.step_tokens and self._well >= self._patience:
             self.step_tokens, self._well = min(2 * self.step_tokens, self.limits.step_tokens), 0
-        if held and expected:
-            self._scale = min(max(held / expected, SCALES[0]), SCALES[1])
         return True
+
+    def _look(self, plan: Plan, counters: Counters, new: set[Row]) -> None:
+        """What rows hold. new: those that were not in their seats yet."""
+        held = counters.held
+        for row in self.running:
+            seat = row.seat
+            if seat is not None and seat < len(held) and row not in new:
+                row.held = held[seat]
+        if self.limits.calendar is None or counters.missing:
+            return  # nobody asks for the longest stream
+        for feed in plan.feeds:
+            if feed.row.seat == feed.seat and feed.row not in new:
+                longest = counters.longest[feed.seat] * self.limits.page_size
+                feed.row.longest, feed.row.counted = longest, feed.start + feed.size
 
     def start_over(self, plan: Plan) -> None:
         """The device had no memory for a step, and none is under way: all seats were emptied."""
@@ -264,17 +274,3 @@ class Scheduler:
         self._leaving.append((row.seat, row))
         row.seat, row.longest, row.counted = None, 0, 0
         self.running.remove(row)
-
-    # ---- pages
-
-    def _needs(self, row: Row) -> int:
-        """Pages with which a row should be able to go on a while."""
-        tokens = min(max(row.goal, row.fed) + AHEAD, row.limit)
-        on_the_way = self.limits.peak_pages(row.prompt_size) if row.fed < row.prompt_size else 0
-        return max(row.needs, on_the_way, round(self._scale * self.limits.pages_for(tokens)))
-
-    def _growth(self, row: Row, cautious: bool) -> int:
-        """Pages that a row's next token is reckoned to take."""
-        if cautious:
-            return self.limits.streams
-        return round(self._scale * (self.limits.pages_for(row.fed + 1) - self.limits.pages_for(row.fed)))

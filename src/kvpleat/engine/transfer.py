@@ -14,8 +14,7 @@ def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
     positions = [np.arange(feed.start, feed.start + feed.size, dtype=np.int32) for feed in plan.chunks]
     last = np.zeros(n, dtype=np.int64)
     before = n if plan.tokens else 0
-    for feed in plan.tokens:
-        last[feed.seat] = feed.seat
+    last[plan.tokens.seats] = plan.tokens.seats
     for feed in plan.chunks:
         tokens += feed.row.tokens[feed.start : feed.start + feed.size]
         last[feed.seat] = before + len(tokens) - 1

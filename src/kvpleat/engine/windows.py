@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvpleat.engine.rows import Feed
+from kvpleat.engine.rows import Feed, Plan
 from kvpleat.hf.families import ModelFacts
 from kvpleat.kernels import update
 from kvpleat.kernels.device_pool import DevicePool
@@ -21,10 +21,15 @@ from kvpleat.types import KVShape, Phase
 def moves(policy: Policy, facts: ModelFacts) -> Tensor:
     """[L] bool layers of the model where any entry may move: where some leave at moments, and others take their places,
     and where a sliding window of the model's own drops all."""
-    moving = policy.delayed is None and bool(policy.moments(0, 1 << 20, Phase.DECODE, 0, facts.shape))
+    moving = policy.delayed is None and _leave(policy, facts.shape)
     found = torch.full((len(facts.layers) + len(facts.sliding),), moving)
     found[list(facts.sliding)] = True
     return found
+
+
+def _leave(policy: Policy, shape: KVShape) -> bool:
+    """Whether entries ever leave at moments."""
+    return bool(policy.moments(0, 1 << 20, Phase.DECODE, 0, shape))
 
 
 def seen(
@@ -40,15 +45,15 @@ def seen(
     return None if starts is None else Recent(sent(starts.int()), first, policy.num_sinks)
 
 
-def slide(
-    pool: DevicePool, policy: Policy, facts: ModelFacts, feeds: Sequence[Feed], sent: Callable[[Tensor], Tensor]
-) -> None:
+def slide(pool: DevicePool, policy: Policy, facts: ModelFacts, plan: Plan, sent: Callable[[Tensor], Tensor]) -> None:
     """After a step: evict what is not visible any more of rows that came to a moment.
 
     Args:
-        pool: the rows of the step. feeds: all of it. sent: brings a tensor to the device.
+        pool: the rows of the step. sent: brings a tensor to the device.
     """
-    come = {feed: moment for feed in feeds if (moment := _moment(policy, facts.shape, feed))}
+    if not _leave(policy, facts.shape):
+        return
+    come = {feed: moment for feed in plan.feeds if (moment := _moment(policy, facts.shape, feed))}
     if not come:
         return
     starts = policy.visible_from(torch.tensor([*come.values(), *(feed.start for feed in come)]), facts.shape)
