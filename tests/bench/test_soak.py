@@ -40,9 +40,9 @@ def test_other_tokens_are_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(soak, "COMPARED", 0.5)
     take = EngineCore._take
 
-    def change(core: EngineCore, feed: Any, token: int, logprobs: Any) -> Any:
+    def change(core: EngineCore, launched: Any, drawn: list[int]) -> Any:
         many = core.scheduler.limits.seats > 1  # only where others run beside it
-        return take(core, feed, token if token < 0 or not many else (token + 1) % 90, logprobs)
+        return take(core, launched, [(token + 1) % 90 if many and token >= 0 else token for token in drawn])
 
     monkeypatch.setattr(EngineCore, "_take", change)
     assert soak.main([*ONE, "--minutes", "0.1"]) == 1

@@ -251,7 +251,7 @@ def test_any_requests(kind: str, requests: list[dict[str, Any]], pages: int, sea
 )
 def test_preempted(kind: str, family: str, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that give their pages up, in the middle of prompts and of answers, go on with the same tokens."""
-    monkeypatch.setattr("kvpleat.engine.scheduler.SCALES", (0.125, 0.125))  # so that too many are let in
+    monkeypatch.setattr("kvpleat.engine.reckoned.SCALES", (0.125, 0.125))  # so that too many are let in
     memory = memory_of(kind, pages, family=family, step_tokens=64)
     with Engine(kind, family, kv_memory=memory, max_model_len=100, max_num_batched_tokens=64) as engine:
         lengths = [60, 33, 17, 60, 16, 33]
@@ -362,7 +362,7 @@ def test_draws_depend_on_the_request_alone(kind: str, monkeypatch: pytest.Monkey
     assert len({tuple(answer) for answer in wanted.values()}) == 4, "33 comes twice, with two seeds"
     assert answers(several=True, max_num_batched_tokens=5) == wanted
     monkeypatch.setattr("kvpleat.engine.reckoned.AHEAD", 4)  # so that too many are let in
-    monkeypatch.setattr("kvpleat.engine.scheduler.SCALES", (0.125, 0.125))
+    monkeypatch.setattr("kvpleat.engine.reckoned.SCALES", (0.125, 0.125))
     assert answers(several=True, pages={"full": 34, "fold": 32}[kind], max_num_batched_tokens=64) == wanted
 
 

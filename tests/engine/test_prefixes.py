@@ -226,7 +226,7 @@ def test_any_requests(
 @pytest.mark.parametrize("kind", ["full", "dms"])
 def test_preempted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that share pages and give theirs up, and begin again."""
-    monkeypatch.setattr("kvpleat.engine.scheduler.SCALES", (0.125, 0.125))  # so that too many are let in
+    monkeypatch.setattr("kvpleat.engine.reckoned.SCALES", (0.125, 0.125))  # so that too many are let in
     preempted = found = 0
     for pages in (38, 54):
         with Engine(kind, kv_memory=memory_of(kind, pages), max_model_len=110, max_num_batched_tokens=64) as engine:
