@@ -14,6 +14,7 @@ alike to it. Nothing that one row computes is read by another, so a NaN stays wh
 others to begin with is dropped.
 """
 
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from kvpleat.engine.rows import Plan, Row
 from kvpleat.engine.runner import Launched, Runner
 from kvpleat.engine.sampling import NO_TOKEN, record
 from kvpleat.engine.scheduler import Scheduler
+from kvpleat.engine.warm import WARMED, warm_up
 from kvpleat.errors import OptionError
 from kvpleat.policies.base import Policy
 
@@ -56,6 +58,7 @@ class EngineCore:
 
     Attributes:
         max_model_len: in tokens. scheduler: who waits and runs. runner: what lives on the device.
+        start_seconds: that making it took, on a GPU with what is compiled and captured before the first request.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class EngineCore:
         enable_prefix_caching: bool = True,
     ) -> None:
         sizes.check_counts(max_num_seqs, max_num_batched_tokens)
+        start = time.perf_counter()
         self._attached = Attached(model, policy, page_size, compile)
         try:
             facts = self._attached.facts
@@ -92,12 +96,15 @@ class EngineCore:
                     self._attached, limits.pages, max_num_seqs, self.max_model_len, self._end_ids, enforce_eager,
                     limits.frozen,
                 )  # fmt: skip
+                if facts.device.type in WARMED:
+                    warm_up(self.runner, limits)
         except BaseException as error:
             self._attached.close()
             if sizes.out_of_memory(error):
                 traceback.clear_frames(error.__traceback__)  # they hold on to what was made until then
                 raise sizes.does_not_fit(kv_memory, self._attached.facts.device) from error
             raise
+        self.start_seconds = time.perf_counter() - start
         self._rows: dict[str, Row] = {}
         self._arrived = 0
         self._runs: Launched | None = None

@@ -131,10 +131,18 @@ class Runner:
             windows.slide(self._widths[n].pool, self.attached.policy, self.attached.facts, plan, self._sent)
         else:
             self._decisions.after(plan.feeds)
-        mode = self.sampler.mode
+        return self.draw(n, self.sampler.mode)
+
+    def draw(self, n: int, mode: Mode) -> tuple[Tensor, Sampled | None]:
+        """A draw for each of n seats, by its graph where nobody wants more than the token: see `Launched`."""
         if mode.logprobs is None:
             return self._graphs.run((n, mode), lambda: self._draw(n, mode))[0], None
         return self._draw(n, mode)
+
+    @property
+    def widths(self) -> list[int]:
+        """Seats that a step may cover."""
+        return list(self._widths)
 
     @torch.inference_mode()
     def release(self, plan: Plan) -> list[Tensor]:
