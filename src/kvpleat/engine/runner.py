@@ -139,11 +139,6 @@ class Runner:
             return self._graphs.run((n, mode), lambda: self._draw(n, mode))[0], None
         return self._draw(n, mode)
 
-    @property
-    def widths(self) -> list[int]:
-        """Seats that a step may cover."""
-        return list(self._widths)
-
     @torch.inference_mode()
     def release(self, plan: Plan) -> list[Tensor]:
         """Send the numbers of a step to the device, and empty the rows that leave before it. Returns what became of

@@ -13,6 +13,7 @@ from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.engine.rows import Decoding, Feed, Fork, Frozen, Limits, Plan, Row, whole
 from kvpleat.engine.runner import Runner
 from kvpleat.engine.sampling import Mode
+from kvpleat.engine.sizes import ladder
 
 WARMED = ("cuda",)  # kinds of devices on which this takes time
 PROMPT = 6  # tokens, in two chunks of PART
@@ -33,7 +34,7 @@ def warm_up(runner: Runner, limits: Limits) -> None:
     """
     for plan in plans(limits) if limits.length > PROMPT else ():
         runner.launch(plan)
-    for n in reversed(runner.widths):  # the largest first: the others fit into its memory
+    for n in reversed(ladder(limits.seats)):  # the largest first: the others fit into its memory
         for mode in CAPTURED:
             runner.draw(n, mode)
     for mode in COMPILED:
