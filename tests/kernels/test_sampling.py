@@ -132,7 +132,7 @@ def test_triton_keeps_what_the_specification_keeps(
 ) -> None:
     """min_p, top_k and top_p, alone and together, over several parts, with equals at the border, beside rows that are
     not sound; and the same when `find` has no room for what is left."""
-    for name, value in (("BLOCK", 128), ("FOUND", 128), ("ROOM", room)):
+    for name, value in (("BLOCK", 128), ("FOUND", 128), ("ROOM", room), ("RUNGS", 32)):
         monkeypatch.setattr(sampling_triton, name, value)
     make = torch.Generator().manual_seed(size)
     rows = len(choices) + 2

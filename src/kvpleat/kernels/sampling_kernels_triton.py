@@ -1,10 +1,12 @@
 """The Triton kernels of `sampling_triton`: what one program computes. A row is cut into parts, a program for each.
 
-What stays is found without a sort. A token's distance is what its logit lacks to the largest one; its bits are an
-integer, and integers are halved fast. Of top_k and top_p each, all that is known is a bracket: the last distance that
-stays is in low .. high - 1. Each round of `look` counts how many tokens, and about how much probability, are nearer
-than some pivots, and narrows both brackets. Then `collect` writes down the distances inside, of few tokens by now, and
-adds up exactly what is nearer; `find` halves the brackets over these few until one distance is left.
+What stays is found without sorting a row. A token's distance is what its logit lacks to the largest one; its bits are
+an integer, and integers are halved fast. Of top_k and top_p each, all that is known is a bracket: the last distance
+that stays is in low .. high - 1. `look` counts how many tokens, and about how much probability, are nearer than some
+pivots; `narrow` makes narrower brackets of that, and pivots inside them. Pivots are rungs of the row's `ladder`, some of
+its own distances in order: so whatever the row looks like, flat or peaked, each round leaves the same share of tokens.
+Then `collect` writes down the distances inside, of few tokens by now, and adds up exactly what is nearer; `find` halves
+the brackets over these few until one distance is left.
 
 Only `find` decides, by exact sums: had a bracket been wrong, or are too many tokens inside, it looks at the whole row.
 """
@@ -23,6 +25,7 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 FAR = tl.constexpr(0x7F800000)  # bits of an infinite distance: such tokens have no probability
 MOST = tl.constexpr(2**31 - 1)
 PIVOTS = tl.constexpr(8)
+FEW = tl.constexpr(2048)  # of so many tokens `find` alone finds the probable ones
 EQUALS = tl.constexpr(16)  # neighbouring distances, of which some may have the same score
 MARGIN = tl.constexpr(2.0**-18)  # of probabilities that `look` adds up in float32
 
@@ -90,21 +93,28 @@ def highest(logits, best, where, size, row_stride, token_stride, parts, BLOCK: t
 @triton.jit
 def race(
     logits, largest, temperature, least, noise, states, best, where, size, row_stride, token_stride, parts,
-    BLOCK: tl.constexpr, COARSE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
-    """The winner of a part."""
+    """The winner of a part, of which a lane sees one token of each chunk."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tokens = part * BLOCK + tl.arange(0, BLOCK)
     top, _ = _top(largest, row)
     by, by_noise = _inverse(temperature, row), tl.load(noise + row)
-    below = (_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32)
-    scores = below * by
-    if by_noise != 0:
-        scores += _gumbel(tl.load(states + row).to(tl.uint64, bitcast=True), tokens, COARSE) * by_noise
-    stays = (_bits(below) <= _last(tl.load(least + row), by)) & (tokens < size)
-    scores, index = tl.max(tl.where(stays, scores, -float("inf")), 0, return_indices=True)
-    tl.store(best + row * parts + part, scores)
-    tl.store(where + row * parts + part, part * BLOCK + index)
+    last = _last(tl.load(least + row), by)
+    tokens = part * BLOCK + tl.arange(0, CHUNK)
+    bits = tl.load(states + row).to(tl.uint64, bitcast=True) + (tokens + 1).to(tl.uint64) * GOLDEN
+    most, winner = tl.full((CHUNK,), -float("inf"), tl.float32), tokens
+    for _ in range(BLOCK // CHUNK):
+        below = (_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32)
+        scores = below * by
+        if by_noise != 0:
+            scores += _gumbel(bits, COARSE) * by_noise
+        wins = (scores > most) & (_bits(below) <= last) & (tokens < size)
+        most, winner = tl.where(wins, scores, most), tl.where(wins, tokens, winner)
+        tokens += CHUNK
+        bits += CHUNK * GOLDEN % 2**64
+    top = tl.max(most, 0)
+    tl.store(best + row * parts + part, top)
+    tl.store(where + row * parts + part, tl.min(tl.where(most == top, winner, MOST), 0))
 
 
 @triton.jit
@@ -119,9 +129,8 @@ def winner(best, where, values, tokens, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _gumbel(state, tokens, COARSE: tl.constexpr):
-    """`sampling.gumbel`."""
-    bits = state + (tokens + 1).to(tl.uint64) * GOLDEN
+def _gumbel(bits, COARSE: tl.constexpr):
+    """`sampling.gumbel` of states of SplitMix64."""
     bits = (bits ^ (bits >> 30)) * FIRST
     bits = (bits ^ (bits >> 27)) * SECOND
     bits = bits ^ (bits >> 31)
@@ -145,101 +154,160 @@ def _log(x, COARSE: tl.constexpr):
 
 
 @triton.jit
-def _asked(largest, temperature, log_min_p, top_k, top_p, row, size):
-    """Largest logit of a row; 1 / temperature; its k, more than there are where all stay; its p; where distances end,
-    for min_p; and whether there is anything to find."""
+def _asked(largest, temperature, top_k, top_p, row, size):
+    """Largest logit of a row; 1 / temperature; its k, more than there are where all stay; its p; whether `look` weighs
+    for it; and whether there is anything to find."""
     top, sound = _top(largest, row)
     by, k, p = _inverse(temperature, row), tl.load(top_k + row), tl.load(top_p + row)
-    end = tl.minimum(_last(tl.load(log_min_p + row), by) + 1, FAR)
-    return top, by, tl.where(k < size, k, MOST), p, end, sound & ((k < size) | (p < 1))
+    return top, by, tl.where(k < size, k, MOST), p, (p < 1) & (k > FEW), sound & ((k < size) | (p < 1))
 
 
 @triton.jit
-def _pivots(lane, brackets, by, end, ROUND: tl.constexpr):
-    """Where to look next, PIVOTS of them: at first at some scores and at the end, then evenly over the brackets."""
-    if ROUND == 0:
-        at = _bits(tl.exp2(lane * 0.7 - 0.4) / by)  # scores of -0.75 to -14
-        return tl.where(lane == PIVOTS - 1, end, tl.minimum(at, end))
-    k_low, k_high, p_low, p_high, _, _ = brackets
-    for_k, for_p = k_high - k_low > 1, p_high - p_low > 1
-    both = for_k & for_p
-    half = PIVOTS // 2
-    mine = tl.where(both, lane < half, for_k)
-    low, width = tl.where(mine, k_low, p_low), tl.where(mine, k_high - k_low, p_high - p_low)
-    step = tl.where(both, lane % half, lane) + 1
-    cuts = tl.where(both, half, PIVOTS) + 1
-    return low + width // cuts * step + tl.minimum(width % cuts, step)
+def _distances(logits, row, tokens, size, row_stride, token_stride, top):
+    """Of some tokens of a row: bits of what they lack to the largest one, endlessly many beyond its end."""
+    return _bits((_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32))
 
 
 @triton.jit
-def _brackets(counts, masses, row, parts, by, k, p, end, ROUNDS: tl.constexpr, PARTS: tl.constexpr):
-    """What is known after some rounds: low and high of top_k, low and high of top_p, and about how much probability
-    tokens hold that are nearer than the first two."""
-    brackets = 0, end, 0, tl.where(p < 1, end, 0), 0.0, float("inf")
-    p = p.to(tl.float32)
-    part, lane = tl.arange(0, PARTS)[:, None], tl.arange(0, PIVOTS)
-    for i in tl.static_range(ROUNDS):
-        at = _pivots(lane, brackets, by, end, i)
-        place = ((i * tl.num_programs(1) + row) * parts + part) * PIVOTS + lane[None, :]
-        count = tl.sum(tl.load(counts + place, part < parts, other=0), 0)
-        mass = tl.sum(tl.load(masses + place, part < parts, other=0.0), 0)
-        k_low, k_high, p_low, p_high, least, most = brackets
+def _behind(bits, by, end):
+    """The first distance whose score is less than the one at `bits`; `end` is behind all."""
+    return tl.where(bits < end, tl.minimum(_last(_score(tl.where(bits < end, bits, 0), by), by) + 1, end), end)
+
+
+@triton.jit
+def ladder(
+    logits, largest, temperature, log_min_p, top_k, top_p, rungs, used, size, row_stride, token_stride,
+    RUNGS: tl.constexpr,
+):  # fmt: skip
+    """Distances of RUNGS tokens from all over a row, in order, to rungs [n, RUNGS + 1]; last where distances end, for
+    min_p. used [n] is set to 0, for `collect`."""
+    row, rung = tl.program_id(0).to(tl.int64), tl.arange(0, RUNGS)
+    top, by, _, _, _, going = _asked(largest, temperature, top_k, top_p, row, size)
+    rungs += row * (RUNGS + 1)
+    if going:
+        end = tl.minimum(_last(tl.load(log_min_p + row), by) + 1, FAR)
+        bits = _distances(logits, row, rung * size // RUNGS, size, row_stride, token_stride, top)
+        tl.store(rungs + rung, tl.sort(tl.minimum(bits, end)))
+        tl.store(rungs + RUNGS, end)
+        tl.store(used + row, 0)
+
+
+@triton.jit
+def look(
+    logits, largest, temperature, top_k, top_p, pivots, counts, masses, size, row_stride, token_stride, parts,
+    pivot_row, pivot_step, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many tokens of a part, and about how much probability, are nearer than each of PIVOTS pivots."""
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    top, by, k, _, weighs, going = _asked(largest, temperature, top_k, top_p, row, size)
+    if going:
+        tokens = part * BLOCK + tl.arange(0, BLOCK)
+        below = (_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32)
+        bits = _bits(below)
+        pivots += row * pivot_row
+        place = (row * parts + part) * PIVOTS
+        if k < MOST:
+            for i in tl.static_range(PIVOTS):
+                nearer = bits < tl.load(pivots + i * pivot_step)
+                tl.store(counts + place + i, tl.sum(nearer.to(tl.int32), 0))
+        if weighs:
+            mass = tl.exp2(below * (LOG2_E * by))
+            for i in tl.static_range(PIVOTS):
+                nearer = bits < tl.load(pivots + i * pivot_step)
+                tl.store(masses + place + i, tl.sum(tl.where(nearer, mass, 0.0), 0))
+
+
+@triton.jit
+def _between(rungs, low, high, step, cuts, RUNGS: tl.constexpr):
+    """A pivot in low .. high - 1: the rung that is `step` of `cuts` parts of the way. Of equal rungs the second one is a
+    pivot behind them: many equals become a bracket of their own."""
+    every = tl.load(rungs + tl.arange(0, RUNGS))
+    first = tl.sum((every < low).to(tl.int32), 0)
+    number = tl.sum((every < high).to(tl.int32), 0) - first
+    at = tl.load(rungs + first + number * step // cuts)
+    before = tl.where(step == 1, low, tl.load(rungs + first + number * (step - 1) // cuts))
+    width = high - low
+    evenly = low + width // cuts * step + tl.minimum(width % cuts, step)
+    return tl.where(number > 0, at + (at == before).to(tl.int32), evenly)
+
+
+@triton.jit
+def narrow(
+    largest, temperature, top_k, top_p, rungs, pivots, counts, masses, brackets, bounds, following, size, parts,
+    pivot_row, pivot_step, PARTS: tl.constexpr, RUNGS: tl.constexpr, ROUND: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """After a round: brackets [n, 5]: low and high of top_k, low and high of top_p, and from where on distances matter
+    to top_k's probability; bounds [n, 2]: about how much probability tokens hold that are nearer than the first two;
+    following [n, PIVOTS]: where to look next."""
+    row, part, lane = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)[:, None], tl.arange(0, PIVOTS)
+    _, by, k, p, weighs, going = _asked(largest, temperature, top_k, top_p, row, size)
+    rungs += row * (RUNGS + 1)
+    brackets += row * 5
+    if going:
+        end, share = tl.load(rungs + RUNGS), p.to(tl.float32)
+        k_low, k_high, p_low, p_high, least, most = 0, end, 0, tl.where(p < 1, end, 0), 0.0, float("inf")
+        if ROUND > 0:
+            k_low, k_high = tl.load(brackets), tl.load(brackets + 1)
+            p_low, p_high = tl.load(brackets + 2), tl.load(brackets + 3)
+            least, most = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
+        at = tl.load(pivots + row * pivot_row + lane * pivot_step)
+        place = (row * parts + part) * PIVOTS + lane[None, :]
+        count = tl.sum(tl.load(counts + place, part < tl.where(k < MOST, parts, 0), other=0), 0)
+        mass = tl.sum(tl.load(masses + place, part < tl.where(weighs, parts, 0), other=0.0), 0)
         fewer = count < k
         k_low = tl.maximum(k_low, tl.max(tl.where(fewer, at, 0), 0))
         k_high = tl.minimum(k_high, tl.min(tl.where(fewer, MOST, at), 0))
         least = tl.maximum(least, tl.max(tl.where(fewer, mass, 0.0), 0))
         most = tl.minimum(most, tl.min(tl.where(fewer, float("inf"), mass), 0))
         most = tl.where(k_low == k_high, least, most)
-        p_low = tl.maximum(p_low, tl.max(tl.where(mass < p * least * (1 - MARGIN), at, 0), 0))
-        p_high = tl.minimum(p_high, tl.min(tl.where(mass > p * most * (1 + MARGIN), at, MOST), 0))
-        brackets = k_low, k_high, p_low, p_high, least, most
-    return brackets
-
-
-@triton.jit
-def look(
-    logits, largest, temperature, log_min_p, top_k, top_p, counts, masses, used, size, row_stride, token_stride, parts,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """How many tokens of a part, and about how much probability, are nearer than each of the pivots of this round."""
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    top, by, k, p, end, going = _asked(largest, temperature, log_min_p, top_k, top_p, row, size)
-    if ROUND == 0:
-        tl.store(used + row, 0, part == 0)  # for `collect`
-    if going:
-        brackets = _brackets(counts, masses, row, parts, by, k, p, end, ROUND, PARTS)
-        tokens = part * BLOCK + tl.arange(0, BLOCK)
-        below = (_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32)
-        bits, mass = _bits(below), tl.exp2(below * (LOG2_E * by))
-        place = ((ROUND * tl.num_programs(1) + row) * parts + part) * PIVOTS
-        for i in tl.static_range(PIVOTS):
-            nearer = bits < _pivots(i, brackets, by, end, ROUND)
-            tl.store(counts + place + i, tl.sum(nearer.to(tl.int32), 0) if k < MOST else 0)
-            tl.store(masses + place + i, tl.sum(tl.where(nearer, mass, 0.0), 0) if p < 1 else 0.0)
+        p_low = tl.maximum(p_low, tl.max(tl.where(mass < share * least * (1 - MARGIN), at, 0), 0))
+        p_high = tl.minimum(p_high, tl.min(tl.where(mass > share * most * (1 + MARGIN), at, MOST), 0))
+        p_high = tl.minimum(p_high, k_high)  # beyond that top_p changes nothing
+        p_low = tl.minimum(p_low, p_high)
+        for_k, for_p = k_high - k_low > 1, weighs & (p_high - p_low > 1)
+        tl.store(brackets, k_low)
+        tl.store(brackets + 1, k_high)
+        tl.store(brackets + 2, p_low)
+        tl.store(brackets + 3, p_high)
+        if ROUND == ROUNDS - 1:
+            tl.store(brackets + 4, k_low if for_k else _behind(k_low, by, end))
+        else:
+            tl.store(bounds + row * 2, least)
+            tl.store(bounds + row * 2 + 1, most)
+            half = PIVOTS // 2
+            both = for_k & for_p & ((k_low != p_low) | (k_high != p_high))
+            step, cuts = tl.where(both, lane % half, lane) + 1, tl.where(both, half, PIVOTS) + 1
+            to_k = _between(rungs, k_low, k_high, step, cuts, RUNGS)
+            to_p = _between(rungs, p_low, p_high, step, cuts, RUNGS)
+            tl.store(following + row * PIVOTS + lane, tl.where(tl.where(both, lane < half, for_k), to_k, to_p))
 
 
 @triton.jit
 def collect(
-    logits, largest, temperature, log_min_p, top_k, top_p, counts, masses, used, sums, inside, size, row_stride,
-    token_stride, parts, ROOM, BLOCK: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr,
+    logits, largest, temperature, top_k, top_p, brackets, used, sums, inside, size, row_stride, token_stride, parts,
+    ROOM, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Distances inside the brackets go to inside [n, ROOM] as they come, used [n] of them; what is nearer in a part, to
-    sums [n, parts, 3]: tokens and probability nearer than top_k's bracket, probability nearer than top_p's."""
+    sums [n, parts, 4]: tokens and probability nearer than top_k's bracket, probability nearer than top_p's low, high."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    top, by, k, p, end, going = _asked(largest, temperature, log_min_p, top_k, top_p, row, size)
+    top, by, _, p, _, going = _asked(largest, temperature, top_k, top_p, row, size)
+    brackets += row * 5
     if going:
-        k_low, k_high, p_low, p_high, _, _ = _brackets(counts, masses, row, parts, by, k, p, end, ROUNDS, PARTS)
+        k_low, k_high, p_low = tl.load(brackets), tl.load(brackets + 1), tl.load(brackets + 2)
+        p_high, start = tl.load(brackets + 3), tl.load(brackets + 4)
         tokens = part * BLOCK + tl.arange(0, BLOCK)
-        bits = _bits((_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32))
-        at = sums + (row * parts + part) * 3
+        bits = _distances(logits, row, tokens, size, row_stride, token_stride, top)
+        at = sums + (row * parts + part) * 4
         tl.store(at, tl.sum((bits < k_low).to(tl.int32), 0).to(tl.int64))
         if p < 1:
             mass = (tl.exp(_score(bits, by)) * MASS).to(tl.int64)
-            tl.store(at + 1, tl.sum(tl.where(bits < k_low, mass, 0), 0))
+            tl.store(at + 1, tl.sum(tl.where(bits < start, mass, 0), 0))
             tl.store(at + 2, tl.sum(tl.where(bits < p_low, mass, 0), 0))
-        # Those of the same score as the last one of top_k stay with it.
-        of_k = (bits >= k_low) & (bits < tl.where(k_low < k_high, k_high + EQUALS, k_high)) & (bits < FAR)
-        taken = (of_k | ((bits >= p_low) & (bits < p_high))).to(tl.int32)
+            tl.store(at + 3, tl.sum(tl.where(bits < p_high, mass, 0), 0))
+        # Those of the same score as the last one of top_k stay with it. A bracket of one distance is found already.
+        of_k = (bits >= k_low) & (bits < tl.where(k_high - k_low > 1, k_high + EQUALS, 0)) & (bits < FAR)
+        of_p = (bits >= p_low) & (bits < tl.where(p_high - p_low > 1, p_high, 0))
+        taken = (of_k | of_p).to(tl.int32)
         number = tl.sum(taken, 0)
         if number > 0:
             place = tl.atomic_add(used + row, number, sem="relaxed") + tl.cumsum(taken, 0) - 1
@@ -247,69 +315,78 @@ def collect(
 
 
 @triton.jit
-def _total(
-    logits, inside, row, size, row_stride, token_stride, top, by, number, whole, low, high, BLOCK: tl.constexpr,
+def _split(
+    logits, inside, row, size, row_stride, token_stride, top, by, number, whole, low, middle, high, BLOCK: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens, or how much probability, lie in low .. high - 1: of those inside, or of the whole row."""
+    """How many tokens, or how much probability, lie in low .. middle - 1, and the last distance there; and the first in
+    middle .. high - 1: of those inside, or of the whole row."""
     total = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, number, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+    before, after = tl.zeros((BLOCK,), tl.int32), tl.full((BLOCK,), MOST, tl.int32)
+    for first in range(0, number, BLOCK):
+        i = first + tl.arange(0, BLOCK)
         if whole:
-            bits = _bits((_given(logits, row, i, size, row_stride, token_stride) - top).to(tl.float32))
+            bits = _distances(logits, row, i, size, row_stride, token_stride, top)
         else:
             bits = tl.load(inside + i, i < number, other=FAR)
-        there = (bits >= low) & (bits < high)
+        there = (bits >= low) & (bits < middle)
+        before = tl.maximum(before, tl.where(there, bits, 0))
+        after = tl.minimum(after, tl.where(bits >= middle, bits, MOST))
         if WEIGHED:
-            total += tl.where(there, (tl.exp(-bits.to(tl.float32, bitcast=True) * by) * MASS).to(tl.int64), 0)
+            total += tl.where(there, (tl.exp(_score(bits, by)) * MASS).to(tl.int64), 0)
         else:
             total += there.to(tl.int64)
-    return tl.sum(total, 0)
+    return tl.sum(total, 0), tl.maximum(tl.max(before, 0), low), tl.minimum(tl.min(after, 0), high - 1)
+
+
+@triton.jit
+def _halved(
+    logits, inside, row, size, row_stride, token_stride, top, by, number, whole, nearer, wanted, low, high,
+    BLOCK: tl.constexpr, WEIGHED: tl.constexpr,
+):  # fmt: skip
+    """The last distance of low .. high - 1 with less than `wanted` before it, where `nearer` is what is before low.
+    Brackets end at distances that tokens have, so there are as many steps as halve those, and equals are one."""
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        there, before, after = _split(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, low,
+                                      middle, high, BLOCK, WEIGHED)  # fmt: skip
+        enough = (nearer + there).to(tl.float64) >= wanted
+        nearer = tl.where(enough, nearer, nearer + there)
+        low, high = tl.where(enough, low, after), tl.where(enough, before + 1, high)
+    return low
 
 
 @triton.jit
 def find(
-    logits, largest, temperature, log_min_p, top_k, top_p, counts, masses, used, sums, inside, least, size, row_stride,
-    token_stride, parts, ROOM, BLOCK: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr,
+    logits, largest, temperature, log_min_p, top_k, top_p, rungs, brackets, used, sums, inside, least, size, row_stride,
+    token_stride, parts, ROOM, BLOCK: tl.constexpr, PARTS: tl.constexpr, RUNGS: tl.constexpr,
 ):  # fmt: skip
     """The least score that stays in a row."""
-    row, part = tl.program_id(1).to(tl.int64), tl.arange(0, PARTS)
-    top, by, k, p, end, going = _asked(largest, temperature, log_min_p, top_k, top_p, row, size)
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+    top, by, k, p, _, going = _asked(largest, temperature, top_k, top_p, row, size)
     found = tl.load(log_min_p + row)
     if going:
-        k_low, k_high, p_low, p_high, _, _ = _brackets(counts, masses, row, parts, by, k, p, end, ROUNDS, PARTS)
-        at = sums + (row * parts + part) * 3
-        nearer = tl.sum(tl.load(at, part < parts, other=0), 0)
-        number = tl.load(used + row)
+        brackets += row * 5
+        at = sums + (row * parts + part) * 4
+        end, number = tl.load(rungs + row * (RUNGS + 1) + RUNGS), tl.load(used + row)
         whole = number > ROOM
         number = tl.where(whole, size, number)
         inside += row * ROOM
-        low, high = k_low, k_high
-        while high - low > 1:
-            middle = low + (high - low) // 2
-            count = nearer + _total(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, k_low,
-                                    middle, BLOCK, False)  # fmt: skip
-            low, high = tl.where(count < k, middle, low), tl.where(count < k, high, middle)
-        last = low
+        nearer = tl.sum(tl.load(at, part < parts, other=0), 0)
+        last = _halved(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, nearer,
+                       k.to(tl.float64), tl.load(brackets), tl.load(brackets + 1), BLOCK, False)  # fmt: skip
         if p < 1:
-            over = tl.where(last < end, _last(_score(tl.where(last < end, last, 0), by), by) + 1, end)
-            every = tl.sum(tl.load(at + 1, part < parts, other=0), 0)
-            every += _total(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, k_low, over,
-                            BLOCK, True)  # fmt: skip
-            share = p * every.to(tl.float64)
+            start, over = tl.load(brackets + 4), _behind(last, by, end)
+            more, before, after = _split(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, start,
+                                over, end, BLOCK, True)  # fmt: skip
+            share = p * (tl.sum(tl.load(at + 1, part < parts, other=0), 0) + more).to(tl.float64)
+            low, high = tl.load(brackets + 2), tl.load(brackets + 3)
             nearer = tl.sum(tl.load(at + 2, part < parts, other=0), 0)
-            there = _total(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, p_low, p_high,
-                           BLOCK, True)  # fmt: skip
-            right = (nearer.to(tl.float64) < share) & ((nearer + there).to(tl.float64) >= share)
+            upto = tl.sum(tl.load(at + 3, part < parts, other=0), 0)
+            right = (nearer.to(tl.float64) < share) & ((upto.to(tl.float64) >= share) | (high > last))
             whole, number = whole | (right == 0), tl.where(right, number, size)
-            nearer, p_low, p_high = tl.where(right, nearer, 0), tl.where(right, p_low, 0), tl.where(right, p_high, end)
-            low, high = p_low, p_high
-            while high - low > 1:
-                middle = low + (high - low) // 2
-                mass = nearer + _total(logits, inside, row, size, row_stride, token_stride, top, by, number, whole,
-                                       p_low, middle, BLOCK, True)  # fmt: skip
-                enough = mass.to(tl.float64) >= share
-                low, high = tl.where(enough, low, middle), tl.where(enough, middle, high)
-            last = tl.minimum(last, low)
+            low, high, nearer = tl.where(right, low, 0), tl.where(right, high, end), tl.where(right, nearer, 0)
+            last = tl.minimum(last, _halved(logits, inside, row, size, row_stride, token_stride, top, by, number, whole,
+                                            nearer, share, low, high, BLOCK, True))  # fmt: skip
         found = tl.where(last < end, _score(tl.where(last < end, last, 0), by), found)
     tl.store(least + row, found)

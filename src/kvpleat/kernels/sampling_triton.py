@@ -1,7 +1,8 @@
 """`kernels.sampling` in Triton: what is launched. The kernels are in sampling_kernels_triton.py.
 
 A row is cut into parts of BLOCK tokens, so that a single row fills a GPU too. Logits are read once by `highest`, once
-by `race` and three times by `least_score`, rows without filters not at all there.
+by `race` and three times by `least_score`, rows without filters not at all there. Everything is launched whatever the
+logits are, so that graphs can hold it.
 """
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 from kvpleat.kernels import sampling_kernels_triton as kernels
 
 BLOCK = 4096  # tokens of a part
-ROUNDS = 2  # of `look`
-ROOM = 8192  # tokens of a row that `find` can be left with; if there are more, it is slow
-FOUND = 2048  # of which it looks at so many at a time
+RUNGS = 512  # of a ladder: two rounds of `look` leave 1 / 81 of them, and of the tokens
+ROUNDS = 2
+ROOM = 32768  # tokens of a row that `find` can be left with; if there are more, it is slow
+FOUND = 4096  # of which it looks at so many at a time
+CHUNK = 1024  # tokens of a part that `race` looks at at a time
 WARPS = 8
 
 
@@ -33,7 +36,7 @@ def race(logits: Tensor, largest: Tensor, temperature: Tensor, least: Tensor, no
     best, where, parts = _room(logits, torch.float32)
     kernels.race[parts, logits.shape[0]](
         logits, largest, temperature, least, noise, states, best, where, logits.shape[1], *logits.stride(), parts,
-        BLOCK, COARSE=torch.version.cuda is not None and logits.is_cuda, num_warps=WARPS,
+        BLOCK, min(CHUNK, BLOCK), COARSE=torch.version.cuda is not None and logits.is_cuda, num_warps=WARPS,
     )  # fmt: skip
     return _winner(best, where, None)
 
@@ -43,23 +46,36 @@ def least_score(
 ) -> Tensor:
     """`sampling.least_score`."""
     (rows, size), device = logits.shape, logits.device
-    parts = triton.cdiv(size, BLOCK)
-    given = logits, largest, temperature, log_min_p, top_k, top_p
-    counts = torch.empty(ROUNDS, rows, parts, kernels.PIVOTS.value, dtype=torch.int32, device=device)
-    masses = torch.empty(counts.shape, device=device)
+    parts, pivots_of = triton.cdiv(size, BLOCK), kernels.PIVOTS.value
+    rungs, brackets, pivots = (
+        torch.empty(rows, columns, dtype=torch.int32, device=device) for columns in (RUNGS + 1, 5, pivots_of)
+    )
+    counts = torch.empty(rows, parts, pivots_of, dtype=torch.int32, device=device)
+    masses, bounds = torch.empty(counts.shape, device=device), torch.empty(rows, 2, device=device)
     used = torch.empty(rows, dtype=torch.int32, device=device)
-    sums = torch.empty(rows, parts, 3, dtype=torch.int64, device=device)
+    sums = torch.empty(rows, parts, 4, dtype=torch.int64, device=device)
     inside = torch.empty(rows, ROOM, dtype=torch.int32, device=device)
     least = torch.empty(rows, device=device)
-    sizes, compiled_for = (size, *logits.stride(), parts), {"PARTS": triton.next_power_of_2(parts), "num_warps": WARPS}
+    asked, sizes, padded = (largest, temperature), (size, *logits.stride()), triton.next_power_of_2(parts)
+    filters = (top_k, top_p)
+    kernels.ladder[(rows,)](logits, *asked, log_min_p, *filters, rungs, used, *sizes, RUNGS=RUNGS, num_warps=4)
+    step = RUNGS // pivots_of
     for i in range(ROUNDS):
-        kernels.look[parts, rows](*given, counts, masses, used, *sizes, BLOCK=BLOCK, ROUND=i, **compiled_for)
+        at = pivots if i else rungs[:, step::step]
+        kernels.look[parts, rows](
+            logits, *asked, *filters, at, counts, masses, *sizes, parts, *at.stride(), BLOCK=BLOCK, num_warps=WARPS // 2
+        )
+        kernels.narrow[(rows,)](
+            *asked, *filters, rungs, at, counts, masses, brackets, bounds, pivots, size, parts, *at.stride(),
+            PARTS=padded, RUNGS=RUNGS, ROUND=i, ROUNDS=ROUNDS, num_warps=4,
+        )  # fmt: skip
     kernels.collect[parts, rows](
-        *given, counts, masses, used, sums, inside, *sizes, ROOM, BLOCK=BLOCK, ROUNDS=ROUNDS, **compiled_for
+        logits, *asked, *filters, brackets, used, sums, inside, *sizes, parts, ROOM, BLOCK=BLOCK, num_warps=WARPS
     )
-    kernels.find[1, rows](
-        *given, counts, masses, used, sums, inside, least, *sizes, ROOM, BLOCK=FOUND, ROUNDS=ROUNDS, **compiled_for
-    )
+    kernels.find[(rows,)](
+        logits, *asked, log_min_p, *filters, rungs, brackets, used, sums, inside, least, *sizes, parts, ROOM,
+        BLOCK=FOUND, PARTS=padded, RUNGS=RUNGS, num_warps=2 * WARPS,
+    )  # fmt: skip
     return least
 
 
