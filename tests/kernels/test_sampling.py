@@ -125,7 +125,8 @@ CHOICES = [  # min_p, top_k (0: all), top_p
     ("size", "kind", "room", "choices"),
     [(1, "", 64, CHOICES[:3]), (127, "bf16", 64, CHOICES), (385, "", 512, CHOICES), (300, "few", 64, CHOICES[::2]),
      (257, "all", 300, CHOICES[::3]), (260, "wide", 64, CHOICES[::2]), (150, "ties", 9, CHOICES),
-     (130, "", 9, CHOICES[1::2])],
+     (130, "", 9, CHOICES[1::2]), (1300, "flat", 300, CHOICES[::3]), (700, "peaked", 300, CHOICES[1::3]),
+     (900, "crowd", 64, CHOICES[::2])],
 )  # fmt: skip
 def test_triton_keeps_what_the_specification_keeps(
     size: int, kind: str, room: int, choices: list[tuple[float, int, float]], monkeypatch: pytest.MonkeyPatch
@@ -145,6 +146,12 @@ def test_triton_keeps_what_the_specification_keeps(
         logits[:, 5:] = -math.inf
     elif kind == "all":
         logits[:] = 3.25
+    elif kind == "flat":
+        logits = (logits / 100 - 9).bfloat16()
+    elif kind == "peaked":
+        logits[:, size // 3] = 30.0
+    elif kind == "crowd":  # a value that more tokens have than there is room for
+        logits[:, ::2] = 0.5
     elif kind == "wide":  # from next to nothing to more than exp can tell
         logits = logits.sign() * 10 ** (logits * 3)
     logits[-2], logits[-1, size // 2] = -math.inf, math.nan
@@ -159,6 +166,19 @@ def test_triton_keeps_what_the_specification_keeps(
         stays = scores[row] >= found[row]
         assert torch.equal(stays, scores[row] >= expected[row]), choice
         assert stays.any()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels keep their constants")
+def test_wrong_brackets_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Had the sums of `look` been wrong by far, `find` would still say what stays."""
+    kernels = importlib.import_module("kvpleat.kernels.sampling_kernels_triton")
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(3)) * 2
+    top_p = torch.tensor([0.3, 0.6, 0.9, 0.99], dtype=torch.float64)
+    given = logits, logits.amax(-1), torch.ones(4), torch.full((4,), -math.inf), torch.full((4,), 300), top_p
+    monkeypatch.setattr(sampling_triton, "RUNGS", 32)
+    for wrong in (-0.5, -3.0):
+        monkeypatch.setattr(kernels, "MARGIN", type(kernels.MARGIN)(wrong))
+        assert torch.equal(sampling_triton.least_score(*given), sampling.least_score(*given)), wrong
 
 
 def test_what_stays_is_what_plain_sums_say() -> None:
@@ -179,11 +199,12 @@ def test_what_stays_is_what_plain_sums_say() -> None:
         assert torch.equal(given[0] - given.max() >= least, stays), (top_k, top_p, min_p)
 
 
-def test_checks_of_the_kernel_script_run() -> None:
+def test_checks_of_the_kernel_script_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they do on a GPU."""
     from kvpleat.bench import kernels_sampling
     from kvpleat.bench.kernel_timing import Machine
 
+    monkeypatch.setattr(sampling_triton, "RUNGS", 32)  # the interpreter sorts slowly
     checks = list(kernels_sampling.check(Machine(DEVICE, quick=True)))
     assert len(checks) >= 2
     assert all(check.passed for check in checks)

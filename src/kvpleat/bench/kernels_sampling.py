@@ -14,16 +14,19 @@ from kvpleat.kernels import sampling, sampling_triton
 VOCABULARY = 151_936  # tokens, of Qwen
 MEMORY = 400 * 2**20  # bytes of logits that are drawn from in turn, more than a GPU's cache holds
 CPU = torch.device("cpu")
+SPREAD = {"flat": 0.05, "spread 2": 2.0}  # standard deviations of logits; of other kinds 2.5
 
 
 def _problem(rows: int, size: int, dtype: torch.dtype, device: torch.device, kind: str = "") -> tuple[Tensor, ...]:
     """Logits, the largest of each row, temperatures."""
     make = torch.Generator().manual_seed(rows)
-    logits = torch.randn(rows, size, generator=make) * 2.5
+    logits = torch.randn(rows, size, generator=make) * SPREAD.get(kind, 2.5)
     if kind == "equals":
         logits = logits.round()
     elif kind == "forbidden":
         logits[:, 11:] = -math.inf
+    elif kind == "peaked":
+        logits[:, size // 2] = 40.0
     logits = logits.to(dtype)
     temperature = torch.rand(rows, generator=make) * 1.5 + 0.2
     return tuple(x.to(device) for x in (logits, logits.amax(-1), temperature))
@@ -48,7 +51,8 @@ def check(here: Machine) -> Iterator[Checked]:
     on_gpu = here.device.type == "cuda"
     rows, size = (40, VOCABULARY) if on_gpu else (5, 90)
     plain = [(dtype, "") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    cases = [*plain, (torch.float32, "equals"), (torch.bfloat16, "forbidden")]
+    cases = [*plain, (torch.float32, "equals"), (torch.float32, "flat")]
+    cases += [(torch.bfloat16, kind) for kind in ("forbidden", "peaked", *SPREAD)]
     for dtype, kind in cases if on_gpu else cases[:1]:
         given, filters = _problem(rows, size, dtype, CPU, kind), _filters(rows, size, CPU)
         on_device = [x.to(here.device) for x in (*given, *filters)]
@@ -79,11 +83,17 @@ def _winners(given: tuple[Tensor, ...], least: Tensor, device: torch.device, nam
 
 
 def time(here: Machine) -> Iterator[Timed]:
-    """Draws of a step: without filters, with each alone in all rows, and with one in a row after the other."""
-    for rows in (64,) if here.quick else (1, 16, 64, 256):
+    """Draws of a step: without filters, with each alone in all rows, and with one in a row after the other; and what
+    stays of logits that are flat or peaked."""
+    cases = (
+        [(64, "")]
+        if here.quick
+        else [(1, ""), (16, ""), (64, ""), (64, "peaked"), *((64, x) for x in SPREAD), (256, "")]
+    )
+    for rows, kind in cases:
         count = 1 if here.once else min(64, max(1, math.ceil(MEMORY / (rows * VOCABULARY * 2))))
-        copies = [_problem(rows, VOCABULARY, torch.bfloat16, here.device) for _ in range(count)]
-        for name, calls in _calls(copies, here.device).items():
+        copies = [_problem(rows, VOCABULARY, torch.bfloat16, here.device, kind) for _ in range(count)]
+        for name, calls in _calls(copies, here.device, kind).items():
             if here.wants(name):
                 seconds, beside = here.seconds(calls), {}
                 if name.startswith("the largest") and not here.once:
@@ -92,17 +102,17 @@ def time(here: Machine) -> Iterator[Timed]:
                 yield Timed(name, seconds, copies[0][0].numel() * 2, beside)
 
 
-def _calls(copies: list[tuple[Tensor, ...]], device: torch.device) -> dict[str, list[Call]]:
-    """What is timed, by name, on each of some problems."""
+def _calls(copies: list[tuple[Tensor, ...]], device: torch.device, logits: str) -> dict[str, list[Call]]:
+    """What is timed, by name, on each of some problems, whose logits are of one kind."""
     rows = copies[0][0].shape[0]
-    mixed, name = _filters(rows, VOCABULARY, device), f"{rows} rows of {VOCABULARY}"
+    mixed, name = _filters(rows, VOCABULARY, device), f"{rows} rows of {VOCABULARY} {logits}".rstrip()
     ones, states = torch.ones(rows, device=device), torch.arange(rows, device=device)
     kinds = {"k, ": (50, 1.0), "p, ": (VOCABULARY, 0.95), "k and p, ": (20, 0.8)}
     filters = {kind: _alike(mixed, *given) for kind, given in kinds.items()} | {"": mixed}
-    calls: dict[str, list[Call]] = {
-        f"the largest, {name}": [partial(sampling_triton.highest, x[0]) for x in copies],
-        f"race, {name}": [partial(sampling_triton.race, *(*x, mixed[0], ones, states)) for x in copies],
-    }
+    calls: dict[str, list[Call]] = {}
+    if not logits:
+        calls[f"the largest, {name}"] = [partial(sampling_triton.highest, x[0]) for x in copies]
+        calls[f"race, {name}"] = [partial(sampling_triton.race, *(*x, mixed[0], ones, states)) for x in copies]
     for kind, given in filters.items():
         calls[f"what stays, {kind}{name}"] = [partial(sampling_triton.least_score, *(*x, *given)) for x in copies]
     return calls

@@ -8,7 +8,7 @@ For a row of logits x with largest one m, and temperature T, a token's score is 
 - `race` takes, of those, the largest s + g, lowest id first, where g is Gumbel noise: a draw from the softmax of s.
 
 g is a hash of (seed, counter, token id) and of nothing else. On a GPU kernels compute it (sampling_triton.py), which
-write next to nothing, and nothing is sorted.
+write next to nothing, and no row is sorted.
 """
 
 import math

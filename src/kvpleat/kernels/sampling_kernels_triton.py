@@ -1,12 +1,12 @@
 """The Triton kernels of `sampling_triton`: what one program computes. A row is cut into parts, a program for each.
 
 What stays is found without sorting a row. A token's distance is what its logit lacks to the largest one; its bits are
-an integer, and integers are halved fast. Of top_k and top_p each, all that is known is a bracket: the last distance
-that stays is in low .. high - 1. `look` counts how many tokens, and about how much probability, are nearer than some
-pivots; `narrow` makes narrower brackets of that, and pivots inside them. Pivots are rungs of the row's `ladder`, some of
-its own distances in order: so whatever the row looks like, flat or peaked, each round leaves the same share of tokens.
-Then `collect` writes down the distances inside, of few tokens by now, and adds up exactly what is nearer; `find` halves
-the brackets over these few until one distance is left.
+an integer, and integers are halved fast. Of top_k, or of top_p where no k is given, all that is known is a bracket: the
+last distance that stays is in low .. high - 1. `look` counts, or weighs, the tokens that are nearer than some pivots,
+and `narrow` makes a narrower bracket of that, and pivots inside it. Pivots are rungs of the row's `ladder`, some of its
+own distances in order: flat or peaked, each round leaves the same share of tokens. Then `collect` writes down the
+distances inside, of few tokens by now, and adds up exactly what is nearer; `find` halves the bracket over these few
+until one distance is left. For top_k and top_p together all that may stay with k is written down, and halved twice.
 
 Only `find` decides, by exact sums: had a bracket been wrong, or are too many tokens inside, it looks at the whole row.
 """
@@ -25,7 +25,6 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 FAR = tl.constexpr(0x7F800000)  # bits of an infinite distance: such tokens have no probability
 MOST = tl.constexpr(2**31 - 1)
 PIVOTS = tl.constexpr(8)
-FEW = tl.constexpr(2048)  # of so many tokens `find` alone finds the probable ones
 EQUALS = tl.constexpr(16)  # neighbouring distances, of which some may have the same score
 MARGIN = tl.constexpr(2.0**-18)  # of probabilities that `look` adds up in float32
 
@@ -100,21 +99,20 @@ def race(
     top, _ = _top(largest, row)
     by, by_noise = _inverse(temperature, row), tl.load(noise + row)
     last = _last(tl.load(least + row), by)
-    tokens = part * BLOCK + tl.arange(0, CHUNK)
-    bits = tl.load(states + row).to(tl.uint64, bitcast=True) + (tokens + 1).to(tl.uint64) * GOLDEN
-    most, winner = tl.full((CHUNK,), -float("inf"), tl.float32), tokens
-    for _ in range(BLOCK // CHUNK):
-        below = (_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32)
+    lane = tl.arange(0, CHUNK)
+    bits = tl.load(states + row).to(tl.uint64, bitcast=True) + (part * BLOCK + lane + 1).to(tl.uint64) * GOLDEN
+    most, winner = tl.full((CHUNK,), -float("inf"), tl.float32), tl.zeros((CHUNK,), tl.int32)
+    for first in range(part * BLOCK, (part + 1) * BLOCK, CHUNK):
+        below = (_given(logits, row, first + lane, size, row_stride, token_stride) - top).to(tl.float32)
         scores = below * by
         if by_noise != 0:
             scores += _gumbel(bits, COARSE) * by_noise
-        wins = (scores > most) & (_bits(below) <= last) & (tokens < size)
-        most, winner = tl.where(wins, scores, most), tl.where(wins, tokens, winner)
-        tokens += CHUNK
+        wins = (scores > most) & (_bits(below) <= last)  # nothing beyond the end of the row does
+        most, winner = tl.where(wins, scores, most), tl.where(wins, first, winner)
         bits += CHUNK * GOLDEN % 2**64
     top = tl.max(most, 0)
     tl.store(best + row * parts + part, top)
-    tl.store(where + row * parts + part, tl.min(tl.where(most == top, winner, MOST), 0))
+    tl.store(where + row * parts + part, tl.min(tl.where(most == top, winner + lane, MOST), 0))
 
 
 @triton.jit
@@ -155,23 +153,17 @@ def _log(x, COARSE: tl.constexpr):
 
 @triton.jit
 def _asked(largest, temperature, top_k, top_p, row, size):
-    """Largest logit of a row; 1 / temperature; its k, more than there are where all stay; its p; whether `look` weighs
-    for it; and whether there is anything to find."""
+    """Largest logit of a row; 1 / temperature; its k, more than there are where all stay; its p; and whether there is
+    anything to find."""
     top, sound = _top(largest, row)
     by, k, p = _inverse(temperature, row), tl.load(top_k + row), tl.load(top_p + row)
-    return top, by, tl.where(k < size, k, MOST), p, (p < 1) & (k > FEW), sound & ((k < size) | (p < 1))
+    return top, by, tl.where(k < size, k, MOST), p, sound & ((k < size) | (p < 1))
 
 
 @triton.jit
 def _distances(logits, row, tokens, size, row_stride, token_stride, top):
-    """Of some tokens of a row: bits of what they lack to the largest one, endlessly many beyond its end."""
+    """Of some tokens of a row: bits of what they lack to the largest one, endlessly much beyond its end."""
     return _bits((_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32))
-
-
-@triton.jit
-def _behind(bits, by, end):
-    """The first distance whose score is less than the one at `bits`; `end` is behind all."""
-    return tl.where(bits < end, tl.minimum(_last(_score(tl.where(bits < end, bits, 0), by), by) + 1, end), end)
 
 
 @triton.jit
@@ -182,7 +174,7 @@ def ladder(
     """Distances of RUNGS tokens from all over a row, in order, to rungs [n, RUNGS + 1]; last where distances end, for
     min_p. used [n] is set to 0, for `collect`."""
     row, rung = tl.program_id(0).to(tl.int64), tl.arange(0, RUNGS)
-    top, by, _, _, _, going = _asked(largest, temperature, top_k, top_p, row, size)
+    top, by, _, _, going = _asked(largest, temperature, top_k, top_p, row, size)
     rungs += row * (RUNGS + 1)
     if going:
         end = tl.minimum(_last(tl.load(log_min_p + row), by) + 1, FAR)
@@ -194,120 +186,100 @@ def ladder(
 
 @triton.jit
 def look(
-    logits, largest, temperature, top_k, top_p, pivots, counts, masses, size, row_stride, token_stride, parts,
-    pivot_row, pivot_step, BLOCK: tl.constexpr,
+    logits, largest, temperature, top_k, top_p, pivots, amounts, size, row_stride, token_stride, parts, pivot_row,
+    pivot_step, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens of a part, and about how much probability, are nearer than each of PIVOTS pivots."""
+    """How many tokens of a part, or about how much probability where no k is given, are nearer than each of PIVOTS
+    pivots."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    top, by, k, _, weighs, going = _asked(largest, temperature, top_k, top_p, row, size)
+    top, by, k, _, going = _asked(largest, temperature, top_k, top_p, row, size)
     if going:
         tokens = part * BLOCK + tl.arange(0, BLOCK)
         below = (_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32)
         bits = _bits(below)
         pivots += row * pivot_row
-        place = (row * parts + part) * PIVOTS
+        amounts += (row * parts + part) * PIVOTS
         if k < MOST:
             for i in tl.static_range(PIVOTS):
                 nearer = bits < tl.load(pivots + i * pivot_step)
-                tl.store(counts + place + i, tl.sum(nearer.to(tl.int32), 0))
-        if weighs:
+                tl.store(amounts + i, tl.sum(nearer.to(tl.int32), 0).to(tl.float32))
+        else:
             mass = tl.exp2(below * (LOG2_E * by))
             for i in tl.static_range(PIVOTS):
                 nearer = bits < tl.load(pivots + i * pivot_step)
-                tl.store(masses + place + i, tl.sum(tl.where(nearer, mass, 0.0), 0))
-
-
-@triton.jit
-def _between(rungs, low, high, step, cuts, RUNGS: tl.constexpr):
-    """A pivot in low .. high - 1: the rung that is `step` of `cuts` parts of the way. Of equal rungs the second one is a
-    pivot behind them: many equals become a bracket of their own."""
-    every = tl.load(rungs + tl.arange(0, RUNGS))
-    first = tl.sum((every < low).to(tl.int32), 0)
-    number = tl.sum((every < high).to(tl.int32), 0) - first
-    at = tl.load(rungs + first + number * step // cuts)
-    before = tl.where(step == 1, low, tl.load(rungs + first + number * (step - 1) // cuts))
-    width = high - low
-    evenly = low + width // cuts * step + tl.minimum(width % cuts, step)
-    return tl.where(number > 0, at + (at == before).to(tl.int32), evenly)
+                tl.store(amounts + i, tl.sum(tl.where(nearer, mass, 0.0), 0))
 
 
 @triton.jit
 def narrow(
-    largest, temperature, top_k, top_p, rungs, pivots, counts, masses, brackets, bounds, following, size, parts,
-    pivot_row, pivot_step, PARTS: tl.constexpr, RUNGS: tl.constexpr, ROUND: tl.constexpr, ROUNDS: tl.constexpr,
+    largest, temperature, top_k, top_p, rungs, pivots, amounts, wanted, brackets, following, size, parts, pivot_row,
+    pivot_step, PARTS: tl.constexpr, RUNGS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """After a round: brackets [n, 5]: low and high of top_k, low and high of top_p, and from where on distances matter
-    to top_k's probability; bounds [n, 2]: about how much probability tokens hold that are nearer than the first two;
-    following [n, PIVOTS]: where to look next."""
+    """After a round: low and high of the bracket to brackets [n, 2], the amount that is looked for to wanted [n], and
+    where to look next to following [n, PIVOTS]."""
     row, part, lane = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)[:, None], tl.arange(0, PIVOTS)
-    _, by, k, p, weighs, going = _asked(largest, temperature, top_k, top_p, row, size)
+    _, _, k, p, going = _asked(largest, temperature, top_k, top_p, row, size)
     rungs += row * (RUNGS + 1)
-    brackets += row * 5
+    brackets += row * 2
     if going:
-        end, share = tl.load(rungs + RUNGS), p.to(tl.float32)
-        k_low, k_high, p_low, p_high, least, most = 0, end, 0, tl.where(p < 1, end, 0), 0.0, float("inf")
-        if ROUND > 0:
-            k_low, k_high = tl.load(brackets), tl.load(brackets + 1)
-            p_low, p_high = tl.load(brackets + 2), tl.load(brackets + 3)
-            least, most = tl.load(bounds + row * 2), tl.load(bounds + row * 2 + 1)
-        at = tl.load(pivots + row * pivot_row + lane * pivot_step)
         place = (row * parts + part) * PIVOTS + lane[None, :]
-        count = tl.sum(tl.load(counts + place, part < tl.where(k < MOST, parts, 0), other=0), 0)
-        mass = tl.sum(tl.load(masses + place, part < tl.where(weighs, parts, 0), other=0.0), 0)
-        fewer = count < k
-        k_low = tl.maximum(k_low, tl.max(tl.where(fewer, at, 0), 0))
-        k_high = tl.minimum(k_high, tl.min(tl.where(fewer, MOST, at), 0))
-        least = tl.maximum(least, tl.max(tl.where(fewer, mass, 0.0), 0))
-        most = tl.minimum(most, tl.min(tl.where(fewer, float("inf"), mass), 0))
-        most = tl.where(k_low == k_high, least, most)
-        p_low = tl.maximum(p_low, tl.max(tl.where(mass < share * least * (1 - MARGIN), at, 0), 0))
-        p_high = tl.minimum(p_high, tl.min(tl.where(mass > share * most * (1 + MARGIN), at, MOST), 0))
-        p_high = tl.minimum(p_high, k_high)  # beyond that top_p changes nothing
-        p_low = tl.minimum(p_low, p_high)
-        for_k, for_p = k_high - k_low > 1, weighs & (p_high - p_low > 1)
-        tl.store(brackets, k_low)
-        tl.store(brackets + 1, k_high)
-        tl.store(brackets + 2, p_low)
-        tl.store(brackets + 3, p_high)
-        if ROUND == ROUNDS - 1:
-            tl.store(brackets + 4, k_low if for_k else _behind(k_low, by, end))
+        amount = tl.sum(tl.load(amounts + place, part < parts, other=0.0), 0)
+        if ROUND == 0:
+            low, high = 0, tl.load(rungs + RUNGS)
+            every = tl.sum(tl.where(lane == PIVOTS - 1, amount, 0.0), 0)
+            want = tl.where(k < MOST, k.to(tl.float32) - 0.5, p.to(tl.float32) * every)
+            tl.store(wanted + row, want)
         else:
-            tl.store(bounds + row * 2, least)
-            tl.store(bounds + row * 2 + 1, most)
-            half = PIVOTS // 2
-            both = for_k & for_p & ((k_low != p_low) | (k_high != p_high))
-            step, cuts = tl.where(both, lane % half, lane) + 1, tl.where(both, half, PIVOTS) + 1
-            to_k = _between(rungs, k_low, k_high, step, cuts, RUNGS)
-            to_p = _between(rungs, p_low, p_high, step, cuts, RUNGS)
-            tl.store(following + row * PIVOTS + lane, tl.where(tl.where(both, lane < half, for_k), to_k, to_p))
+            low, high, want = tl.load(brackets), tl.load(brackets + 1), tl.load(wanted + row)
+        at = tl.load(pivots + row * pivot_row + lane * pivot_step)
+        margin = tl.where(k < MOST, 0.0, MARGIN * want)
+        low = tl.maximum(low, tl.max(tl.where(amount < want - margin, at, 0), 0))
+        high = tl.minimum(high, tl.min(tl.where(amount > want + margin, at, MOST), 0))
+        tl.store(brackets, low)
+        tl.store(brackets + 1, high)
+        # The rungs from low to high, evenly. Of equal ones the second is a pivot behind them: as many tokens as have
+        # several rungs become a bracket of their own.
+        every = tl.load(rungs + tl.arange(0, RUNGS))
+        first = tl.sum((every < low).to(tl.int32), 0)
+        number = tl.sum((every < high).to(tl.int32), 0) - first
+        at = tl.load(rungs + first + number * (lane + 1) // (PIVOTS + 1))
+        before = tl.where(lane == 0, low, tl.load(rungs + first + number * lane // (PIVOTS + 1)))
+        evenly = low + (high - low) // (PIVOTS + 1) * (lane + 1)
+        tl.store(following + row * PIVOTS + lane, tl.where(number > 0, at + (at == before).to(tl.int32), evenly))
+
+
+@triton.jit
+def _taken(brackets, row, k, p):
+    """Low and high of a bracket, and from where to where distances are written down: those inside, unless it is a
+    single one. For k and p all that may stay with k, and EQUALS more: of the same score as its last one, perhaps."""
+    low, high = tl.load(brackets + row * 2), tl.load(brackets + row * 2 + 1)
+    both = (k < MOST) & (p < 1)
+    stop = tl.where(both, tl.minimum(high + EQUALS, FAR), tl.where(high - low > 1, high, low))
+    return low, high, tl.where(both, 0, low), stop
 
 
 @triton.jit
 def collect(
-    logits, largest, temperature, top_k, top_p, brackets, used, sums, inside, size, row_stride, token_stride, parts,
-    ROOM, BLOCK: tl.constexpr,
+    logits, largest, temperature, top_k, top_p, rungs, brackets, used, sums, inside, size, row_stride, token_stride,
+    parts, ROOM, BLOCK: tl.constexpr, RUNGS: tl.constexpr,
 ):  # fmt: skip
-    """Distances inside the brackets go to inside [n, ROOM] as they come, used [n] of them; what is nearer in a part, to
-    sums [n, parts, 4]: tokens and probability nearer than top_k's bracket, probability nearer than top_p's low, high."""
+    """Distances inside the bracket go to inside [n, ROOM] as they come, used [n] of them; what is nearer in a part, to
+    sums [n, parts, 3]: tokens, or without k the probability nearer than low, than high, and of all."""
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    top, by, _, p, _, going = _asked(largest, temperature, top_k, top_p, row, size)
-    brackets += row * 5
+    top, by, k, p, going = _asked(largest, temperature, top_k, top_p, row, size)
     if going:
-        k_low, k_high, p_low = tl.load(brackets), tl.load(brackets + 1), tl.load(brackets + 2)
-        p_high, start = tl.load(brackets + 3), tl.load(brackets + 4)
+        low, high, start, stop = _taken(brackets, row, k, p)
         tokens = part * BLOCK + tl.arange(0, BLOCK)
         bits = _distances(logits, row, tokens, size, row_stride, token_stride, top)
-        at = sums + (row * parts + part) * 4
-        tl.store(at, tl.sum((bits < k_low).to(tl.int32), 0).to(tl.int64))
-        if p < 1:
+        at = sums + (row * parts + part) * 3
+        if k < MOST:
+            tl.store(at, tl.sum((bits < low).to(tl.int32), 0).to(tl.int64))
+        else:
             mass = (tl.exp(_score(bits, by)) * MASS).to(tl.int64)
-            tl.store(at + 1, tl.sum(tl.where(bits < start, mass, 0), 0))
-            tl.store(at + 2, tl.sum(tl.where(bits < p_low, mass, 0), 0))
-            tl.store(at + 3, tl.sum(tl.where(bits < p_high, mass, 0), 0))
-        # Those of the same score as the last one of top_k stay with it. A bracket of one distance is found already.
-        of_k = (bits >= k_low) & (bits < tl.where(k_high - k_low > 1, k_high + EQUALS, 0)) & (bits < FAR)
-        of_p = (bits >= p_low) & (bits < tl.where(p_high - p_low > 1, p_high, 0))
-        taken = (of_k | of_p).to(tl.int32)
+            tl.store(at, tl.sum(tl.where(bits < low, mass, 0), 0))
+            tl.store(at + 1, tl.sum(tl.where(bits < high, mass, 0), 0))
+            tl.store(at + 2, tl.sum(tl.where(bits < tl.load(rungs + row * (RUNGS + 1) + RUNGS), mass, 0), 0))
+        taken = ((bits >= start) & (bits < stop)).to(tl.int32)
         number = tl.sum(taken, 0)
         if number > 0:
             place = tl.atomic_add(used + row, number, sem="relaxed") + tl.cumsum(taken, 0) - 1
@@ -345,7 +317,7 @@ def _halved(
     BLOCK: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """The last distance of low .. high - 1 with less than `wanted` before it, where `nearer` is what is before low.
-    Brackets end at distances that tokens have, so there are as many steps as halve those, and equals are one."""
+    Brackets end at distances that tokens have: there are only as many steps as halve those."""
     while high - low > 1:
         middle = low + (high - low) // 2
         there, before, after = _split(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, low,
@@ -363,27 +335,31 @@ def find(
 ):  # fmt: skip
     """The least score that stays in a row."""
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
-    top, by, k, p, _, going = _asked(largest, temperature, top_k, top_p, row, size)
+    top, by, k, p, going = _asked(largest, temperature, top_k, top_p, row, size)
     found = tl.load(log_min_p + row)
     if going:
-        brackets += row * 5
-        at = sums + (row * parts + part) * 4
+        low, high, start, _ = _taken(brackets, row, k, p)
+        at = sums + (row * parts + part) * 3
         end, number = tl.load(rungs + row * (RUNGS + 1) + RUNGS), tl.load(used + row)
         whole = number > ROOM
         number = tl.where(whole, size, number)
-        inside += row * ROOM
         nearer = tl.sum(tl.load(at, part < parts, other=0), 0)
-        last = _halved(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, nearer,
-                       k.to(tl.float64), tl.load(brackets), tl.load(brackets + 1), BLOCK, False)  # fmt: skip
+        last, upto, every = end, nearer, nearer
+        inside += row * ROOM
+        if k < MOST:
+            last = _halved(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, nearer,
+                           k.to(tl.float64), low, high, BLOCK, False)  # fmt: skip
+            if p < 1:
+                over = tl.where(last < end, _last(_score(tl.where(last < end, last, 0), by), by) + 1, end)
+                every = _split(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, start,
+                               over, end, BLOCK, True)[0]  # fmt: skip
+                low, high, nearer, upto = start, over, every - every, every
+        else:
+            upto = tl.sum(tl.load(at + 1, part < parts, other=0), 0)
+            every = tl.sum(tl.load(at + 2, part < parts, other=0), 0)
         if p < 1:
-            start, over = tl.load(brackets + 4), _behind(last, by, end)
-            more, before, after = _split(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, start,
-                                over, end, BLOCK, True)  # fmt: skip
-            share = p * (tl.sum(tl.load(at + 1, part < parts, other=0), 0) + more).to(tl.float64)
-            low, high = tl.load(brackets + 2), tl.load(brackets + 3)
-            nearer = tl.sum(tl.load(at + 2, part < parts, other=0), 0)
-            upto = tl.sum(tl.load(at + 3, part < parts, other=0), 0)
-            right = (nearer.to(tl.float64) < share) & ((upto.to(tl.float64) >= share) | (high > last))
+            share = p * every.to(tl.float64)
+            right = (nearer.to(tl.float64) < share) & (upto.to(tl.float64) >= share)
             whole, number = whole | (right == 0), tl.where(right, number, size)
             low, high, nearer = tl.where(right, low, 0), tl.where(right, high, end), tl.where(right, nearer, 0)
             last = tl.minimum(last, _halved(logits, inside, row, size, row_stride, token_stride, top, by, number, whole,

@@ -16,7 +16,7 @@ RUNGS = 512  # of a ladder: two rounds of `look` leave 1 / 81 of them, and of th
 ROUNDS = 2
 ROOM = 32768  # tokens of a row that `find` can be left with; if there are more, it is slow
 FOUND = 4096  # of which it looks at so many at a time
-CHUNK = 1024  # tokens of a part that `race` looks at at a time
+CHUNK = 2048  # tokens of a part that `race` looks at at a time
 WARPS = 8
 
 
@@ -46,34 +46,34 @@ def least_score(
 ) -> Tensor:
     """`sampling.least_score`."""
     (rows, size), device = logits.shape, logits.device
-    parts, pivots_of = triton.cdiv(size, BLOCK), kernels.PIVOTS.value
-    rungs, brackets, pivots = (
-        torch.empty(rows, columns, dtype=torch.int32, device=device) for columns in (RUNGS + 1, 5, pivots_of)
+    parts = triton.cdiv(size, BLOCK)
+    rungs, pivots, brackets, inside = (
+        torch.empty(rows, columns, dtype=torch.int32, device=device)
+        for columns in (RUNGS + 1, kernels.PIVOTS.value, 2, ROOM)
     )
-    counts = torch.empty(rows, parts, pivots_of, dtype=torch.int32, device=device)
-    masses, bounds = torch.empty(counts.shape, device=device), torch.empty(rows, 2, device=device)
+    amounts, wanted, least = (
+        torch.empty(rows, *shape, device=device) for shape in ((parts, kernels.PIVOTS.value), (), ())
+    )
     used = torch.empty(rows, dtype=torch.int32, device=device)
-    sums = torch.empty(rows, parts, 4, dtype=torch.int64, device=device)
-    inside = torch.empty(rows, ROOM, dtype=torch.int32, device=device)
-    least = torch.empty(rows, device=device)
+    sums = torch.empty(rows, parts, 3, dtype=torch.int64, device=device)
     asked, sizes, padded = (largest, temperature), (size, *logits.stride()), triton.next_power_of_2(parts)
-    filters = (top_k, top_p)
+    filters, found = (top_k, top_p), (rungs, brackets, used, sums, inside)
     kernels.ladder[(rows,)](logits, *asked, log_min_p, *filters, rungs, used, *sizes, RUNGS=RUNGS, num_warps=4)
-    step = RUNGS // pivots_of
+    step = RUNGS // kernels.PIVOTS.value
     for i in range(ROUNDS):
         at = pivots if i else rungs[:, step::step]
         kernels.look[parts, rows](
-            logits, *asked, *filters, at, counts, masses, *sizes, parts, *at.stride(), BLOCK=BLOCK, num_warps=WARPS // 2
+            logits, *asked, *filters, at, amounts, *sizes, parts, *at.stride(), BLOCK=BLOCK, num_warps=WARPS // 2
         )
         kernels.narrow[(rows,)](
-            *asked, *filters, rungs, at, counts, masses, brackets, bounds, pivots, size, parts, *at.stride(),
-            PARTS=padded, RUNGS=RUNGS, ROUND=i, ROUNDS=ROUNDS, num_warps=4,
+            *asked, *filters, rungs, at, amounts, wanted, brackets, pivots, size, parts, *at.stride(),
+            PARTS=padded, RUNGS=RUNGS, ROUND=i, num_warps=4,
         )  # fmt: skip
     kernels.collect[parts, rows](
-        logits, *asked, *filters, brackets, used, sums, inside, *sizes, parts, ROOM, BLOCK=BLOCK, num_warps=WARPS
+        logits, *asked, *filters, *found, *sizes, parts, ROOM, BLOCK=BLOCK, RUNGS=RUNGS, num_warps=WARPS
     )
     kernels.find[(rows,)](
-        logits, *asked, log_min_p, *filters, rungs, brackets, used, sums, inside, least, *sizes, parts, ROOM,
+        logits, *asked, log_min_p, *filters, *found, least, *sizes, parts, ROOM,
         BLOCK=FOUND, PARTS=padded, RUNGS=RUNGS, num_warps=2 * WARPS,
     )  # fmt: skip
     return least
