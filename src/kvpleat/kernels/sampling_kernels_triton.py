@@ -161,8 +161,9 @@ def _asked(largest, temperature, top_k, top_p, row, size):
 
 
 @triton.jit
-def _distances(logits, row, tokens, size, row_stride, token_stride, top):
+def _distances(its, tokens):
     """Of some tokens of a row: bits of what they lack to the largest one, endlessly much beyond its end."""
+    logits, row, size, row_stride, token_stride, top = its
     return _bits((_given(logits, row, tokens, size, row_stride, token_stride) - top).to(tl.float32))
 
 
@@ -178,7 +179,7 @@ def ladder(
     rungs += row * (RUNGS + 1)
     if going:
         end = tl.minimum(_last(tl.load(log_min_p + row), by) + 1, FAR)
-        bits = _distances(logits, row, rung * size // RUNGS, size, row_stride, token_stride, top)
+        bits = _distances((logits, row, size, row_stride, token_stride, top), rung * size // RUNGS)
         tl.store(rungs + rung, tl.sort(tl.minimum(bits, end)))
         tl.store(rungs + RUNGS, end)
         tl.store(used + row, 0)
@@ -244,8 +245,7 @@ def narrow(
         number = tl.sum((every < high).to(tl.int32), 0) - first
         at = tl.load(rungs + first + number * (lane + 1) // (PIVOTS + 1))
         before = tl.where(lane == 0, low, tl.load(rungs + first + number * lane // (PIVOTS + 1)))
-        evenly = low + (high - low) // (PIVOTS + 1) * (lane + 1)
-        tl.store(following + row * PIVOTS + lane, tl.where(number > 0, at + (at == before).to(tl.int32), evenly))
+        tl.store(following + row * PIVOTS + lane, at + (at == before).to(tl.int32))
 
 
 @triton.jit
@@ -269,8 +269,7 @@ def collect(
     top, by, k, p, going = _asked(largest, temperature, top_k, top_p, row, size)
     if going:
         low, high, start, stop = _taken(brackets, row, k, p)
-        tokens = part * BLOCK + tl.arange(0, BLOCK)
-        bits = _distances(logits, row, tokens, size, row_stride, token_stride, top)
+        bits = _distances((logits, row, size, row_stride, token_stride, top), part * BLOCK + tl.arange(0, BLOCK))
         at = sums + (row * parts + part) * 3
         if k < MOST:
             tl.store(at, tl.sum((bits < low).to(tl.int32), 0).to(tl.int64))
@@ -287,20 +286,14 @@ def collect(
 
 
 @triton.jit
-def _split(
-    logits, inside, row, size, row_stride, token_stride, top, by, number, whole, low, middle, high, BLOCK: tl.constexpr,
-    WEIGHED: tl.constexpr,
-):  # fmt: skip
+def _split(its, inside, by, number, whole, low, middle, high, BLOCK: tl.constexpr, WEIGHED: tl.constexpr):
     """How many tokens, or how much probability, lie in low .. middle - 1, and the last distance there; and the first in
     middle .. high - 1: of those inside, or of the whole row."""
     total = tl.zeros((BLOCK,), tl.int64)
     before, after = tl.zeros((BLOCK,), tl.int32), tl.full((BLOCK,), MOST, tl.int32)
     for first in range(0, number, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        if whole:
-            bits = _distances(logits, row, i, size, row_stride, token_stride, top)
-        else:
-            bits = tl.load(inside + i, i < number, other=FAR)
+        bits = _distances(its, i) if whole else tl.load(inside + i, i < number, other=FAR)
         there = (bits >= low) & (bits < middle)
         before = tl.maximum(before, tl.where(there, bits, 0))
         after = tl.minimum(after, tl.where(bits >= middle, bits, MOST))
@@ -312,16 +305,12 @@ def _split(
 
 
 @triton.jit
-def _halved(
-    logits, inside, row, size, row_stride, token_stride, top, by, number, whole, nearer, wanted, low, high,
-    BLOCK: tl.constexpr, WEIGHED: tl.constexpr,
-):  # fmt: skip
+def _halved(its, inside, by, number, whole, nearer, wanted, low, high, BLOCK: tl.constexpr, WEIGHED: tl.constexpr):
     """The last distance of low .. high - 1 with less than `wanted` before it, where `nearer` is what is before low.
     Brackets end at distances that tokens have: there are only as many steps as halve those."""
     while high - low > 1:
         middle = low + (high - low) // 2
-        there, before, after = _split(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, low,
-                                      middle, high, BLOCK, WEIGHED)  # fmt: skip
+        there, before, after = _split(its, inside, by, number, whole, low, middle, high, BLOCK, WEIGHED)
         enough = (nearer + there).to(tl.float64) >= wanted
         nearer = tl.where(enough, nearer, nearer + there)
         low, high = tl.where(enough, low, after), tl.where(enough, before + 1, high)
@@ -345,14 +334,12 @@ def find(
         number = tl.where(whole, size, number)
         nearer = tl.sum(tl.load(at, part < parts, other=0), 0)
         last, upto, every = end, nearer, nearer
-        inside += row * ROOM
+        its, inside = (logits, row, size, row_stride, token_stride, top), inside + row * ROOM
         if k < MOST:
-            last = _halved(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, nearer,
-                           k.to(tl.float64), low, high, BLOCK, False)  # fmt: skip
+            last = _halved(its, inside, by, number, whole, nearer, k.to(tl.float64), low, high, BLOCK, False)
             if p < 1:
                 over = tl.where(last < end, _last(_score(tl.where(last < end, last, 0), by), by) + 1, end)
-                every = _split(logits, inside, row, size, row_stride, token_stride, top, by, number, whole, start,
-                               over, end, BLOCK, True)[0]  # fmt: skip
+                every = _split(its, inside, by, number, whole, start, over, end, BLOCK, True)[0]
                 low, high, nearer, upto = start, over, every - every, every
         else:
             upto = tl.sum(tl.load(at + 1, part < parts, other=0), 0)
@@ -362,7 +349,7 @@ def find(
             right = (nearer.to(tl.float64) < share) & (upto.to(tl.float64) >= share)
             whole, number = whole | (right == 0), tl.where(right, number, size)
             low, high, nearer = tl.where(right, low, 0), tl.where(right, high, end), tl.where(right, nearer, 0)
-            last = tl.minimum(last, _halved(logits, inside, row, size, row_stride, token_stride, top, by, number, whole,
-                                            nearer, share, low, high, BLOCK, True))  # fmt: skip
+            nucleus = _halved(its, inside, by, number, whole, nearer, share, low, high, BLOCK, True)
+            last = tl.minimum(last, nucleus)
         found = tl.where(last < end, _score(tl.where(last < end, last, 0), by), found)
     tl.store(least + row, found)

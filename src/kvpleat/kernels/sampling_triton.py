@@ -11,19 +11,19 @@ from torch import Tensor
 
 from kvpleat.kernels import sampling_kernels_triton as kernels
 
-BLOCK = 4096  # tokens of a part
+BLOCK = 4096  # tokens of a part; of `race`, where much comes before the first one, twice as many
 RUNGS = 512  # of a ladder: two rounds of `look` leave 1 / 81 of them, and of the tokens
 ROUNDS = 2
 ROOM = 32768  # tokens of a row that `find` can be left with; if there are more, it is slow
 FOUND = 4096  # of which it looks at so many at a time
-CHUNK = 2048  # tokens of a part that `race` looks at at a time
+CHUNK = 1024  # tokens of a part that `race` looks at at a time
 WARPS = 8
 
 
 def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """`sampling.highest`; arguments as there."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    best, where, parts = _room(logits, wide)
+    best, where, parts = _room(logits, wide, BLOCK)
     kernels.highest[parts, logits.shape[0]](
         logits, best, where, logits.shape[1], *logits.stride(), parts, BLOCK, num_warps=WARPS
     )
@@ -33,10 +33,10 @@ def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def race(logits: Tensor, largest: Tensor, temperature: Tensor, least: Tensor, noise: Tensor, states: Tensor) -> Tensor:
     """`sampling.race`, where states [n] int64 stand for seeds and counters."""
-    best, where, parts = _room(logits, torch.float32)
+    best, where, parts = _room(logits, torch.float32, 2 * BLOCK)
     kernels.race[parts, logits.shape[0]](
         logits, largest, temperature, least, noise, states, best, where, logits.shape[1], *logits.stride(), parts,
-        BLOCK, min(CHUNK, BLOCK), COARSE=torch.version.cuda is not None and logits.is_cuda, num_warps=WARPS,
+        2 * BLOCK, min(CHUNK, BLOCK), COARSE=torch.version.cuda is not None and logits.is_cuda, num_warps=WARPS,
     )  # fmt: skip
     return _winner(best, where, None)
 
@@ -79,9 +79,9 @@ def least_score(
     return least
 
 
-def _room(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+def _room(logits: Tensor, dtype: torch.dtype, block: int) -> tuple[Tensor, Tensor, int]:
     """For the best of each part, where it is, and how many parts there are."""
-    rows, parts = logits.shape[0], triton.cdiv(logits.shape[1], BLOCK)
+    rows, parts = logits.shape[0], triton.cdiv(logits.shape[1], block)
     best = torch.empty(rows, parts, dtype=dtype, device=logits.device)
     return best, torch.empty(rows, parts, dtype=torch.int32, device=logits.device), parts
 
