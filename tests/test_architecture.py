@@ -23,8 +23,9 @@ LEVELS = [
     {"kernels"},
     {"cache", "policies"},
     {"hf"},
+    {"encoder"},
     {"__init__"},
-    {"encoder", "engine", "retrofit"},
+    {"engine", "retrofit"},
     {"bench", "vllm"},
     {"cli"},
 ]

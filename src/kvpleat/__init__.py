@@ -5,7 +5,8 @@ from typing import Any
 
 from kvpleat import errors, policies
 from kvpleat.accounting import MemoryReport
-from kvpleat.hf.attach import Pleated, attach, compress
+from kvpleat.encoder.dispatch import attach, compress
+from kvpleat.hf.attach import Pleated
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.explain import Explanation, explain
 

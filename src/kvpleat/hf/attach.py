@@ -246,28 +246,3 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     original = _originals.get(id(kwargs["config"]), "sdpa")
     mask: Tensor | None = makers.get(original, flash_attention_mask)(*args, **kwargs)
     return mask
-
-
-def attach(model: nn.Module, policy: Policy, *, page_size: int = 16, max_pages: int | None = None) -> Pleated:
-    """Attach a policy to a model until `detach()` is called. Prefer `with compress(...)`, which cannot forget to."""
-    return Pleated(model, policy, page_size=page_size, max_pages=max_pages).attach()
-
-
-def compress(model: nn.Module, policy: Policy, *, page_size: int = 16, max_pages: int | None = None) -> Pleated:
-    """Compress the KV memory of a causal LM inside a `with` block.
-
-    Args:
-        model: a transformers causal LM of a known family, in eval mode, on one device.
-        policy: what to keep; see kvpleat.policies.
-        page_size: entries per page, 16 or 32.
-        max_pages: limit of the page pool; None: the machine's memory.
-
-    Raises:
-        UnsupportedError: the model's family or mode cannot be served. AttachError: something is attached already.
-
-    Example:
-        >>> with compress(model, policies.AttentionScore(ratio=4.0)) as pleated:
-        ...     out = model.generate(**inputs, max_new_tokens=128)
-        ...     print(pleated.report())
-    """
-    return Pleated(model, policy, page_size=page_size, max_pages=max_pages)

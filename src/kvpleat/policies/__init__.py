@@ -5,6 +5,7 @@ from typing import Any
 from kvpleat.errors import OptionError
 from kvpleat.policies.attention import AttentionScore
 from kvpleat.policies.base import LayerScores, Policy
+from kvpleat.policies.encoder import EncoderMerge
 from kvpleat.policies.full import Full
 from kvpleat.policies.gates import GateConfig, Gates, shipped
 from kvpleat.policies.learned import DMC, DMS, Fold
@@ -14,6 +15,7 @@ __all__ = [
     "DMC",
     "DMS",
     "AttentionScore",
+    "EncoderMerge",
     "Fold",
     "Full",
     "GateConfig",
@@ -28,7 +30,7 @@ __all__ = [
 
 
 def registry() -> dict[str, type[Policy]]:
-    """All policies by name."""
+    """All policies of causal LMs by name. EncoderMerge, which decides about no cache, is none of them."""
     return {policy.name: policy for policy in (Full, Window, AttentionScore, DMS, Fold, DMC)}
 
 

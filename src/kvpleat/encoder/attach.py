@@ -1,0 +1,201 @@
+"""Attaching EncoderMerge to an encoder, and taking it off again: `with compress(bert, EncoderMerge(ratio=2.6))`.
+
+What happens on attach, all of it undone on detach: the model's attention implementation is set to kvpleat's through
+transformers' own interface, one hook before and one after the base model's forward are registered, one before
+each layer, and one before and one after its attention. No class is touched. At ratio 1 nothing happens at all.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvpleat.encoder import attention, calls
+from kvpleat.encoder.attention import IMPLEMENTATION
+from kvpleat.encoder.calls import Call, Trace
+from kvpleat.encoder.families import Encoder, describe
+from kvpleat.errors import AttachError, CacheError
+from kvpleat.kernels.grouping import unmerge
+from kvpleat.policies.encoder import EncoderMerge
+
+_attached: "weakref.WeakKeyDictionary[nn.Module, MergedEncoder]" = weakref.WeakKeyDictionary()
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class MergedEncoder:
+    """An encoder with EncoderMerge attached. Made by `compress` or `attach`.
+
+    Attributes:
+        model: the model as it was passed.
+        policy: the policy.
+        encoder: what kvpleat knows of the model.
+    """
+
+    def __init__(self, model: nn.Module, policy: EncoderMerge) -> None:
+        self.model, self.policy = model, policy
+        self.encoder: Encoder = describe(model)
+        self.original: str = ""  # the model's own attention implementation
+        self._signature = inspect.signature(self.encoder.base.forward)
+        self._handles: list[Any] = []
+        self._entered = False
+        self._trace: Trace | None = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the policy acts on the model now."""
+        return _attached.get(self.encoder.base) is self
+
+    @property
+    def trace(self) -> Trace:
+        """Which tokens were one in which layer, in the most recent forward. Raises CacheError before the first, and at
+        ratio 1, which leaves the model alone."""
+        if self._trace is None:
+            raise CacheError(
+                "No tokens have merged yet, so there is nothing to tell. Call the model first, at a ratio above 1."
+            )
+        return self._trace
+
+    def attach(self) -> Self:
+        """Put the policy on the model. Raises AttachError where one is attached already."""
+        base = self.encoder.base
+        other = _attached.get(base)
+        if other is not None:
+            raise AttachError(
+                f"{type(base).__name__} already has {other.policy!r} attached; tokens cannot merge twice. Leave the "
+                "first `with compress(...)` or call detach() before attaching again."
+            )
+        self.original = base.config._attn_implementation
+        if self.original == IMPLEMENTATION:
+            raise AttachError(
+                "Another model with a policy attached shares this model's config object, so both would use the "
+                "other's attention. Give each model its own config (copy.deepcopy) or detach the other first."
+            )
+        _attached[base] = self
+        if self.policy.changes_nothing:
+            return self
+        AttentionInterface.register(IMPLEMENTATION, attention.attention_forward)
+        AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+        try:
+            base.set_attn_implementation(IMPLEMENTATION)
+            self._register()
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Take the policy off. Twice is no error."""
+        if not self.attached:
+            return
+        del _attached[self.encoder.base]
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.encoder.base.set_attn_implementation(self.original)
+
+    def __enter__(self) -> Self:
+        if self._entered:
+            raise AttachError("This `with` block is open already; the inner one would detach it. Open one at a time.")
+        if not self.attached:
+            self.attach()
+        self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered = False
+        self.detach()
+
+    # ---- hooks
+
+    def _register(self) -> None:
+        base, family = self.encoder.base, self.encoder.family
+        self._handles = [
+            base.register_forward_pre_hook(self._before, with_kwargs=True),
+            base.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        for index, layer in enumerate(self.encoder.layers):
+            longer = family.keys_from_longer
+            self._handles.append(layer.register_forward_pre_hook(_LayerHook(index, longer), with_kwargs=True))
+            if longer:
+                inner = layer.get_submodule(family.attention)
+                self._handles.append(inner.register_forward_pre_hook(_longer_input, with_kwargs=True))
+                self._handles.append(inner.register_forward_hook(_cut, with_kwargs=True))
+
+    def _before(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """Check the input, and let a Call travel with it."""
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        kwargs = {**{k: v for k, v in bound.items() if k not in ("kwargs", "args")}, **bound.get("kwargs", {})}
+        if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
+            return (), kwargs  # the model's own error says it best
+        return (), kwargs | {"kvpleat_merge": calls.plan(self.encoder, self.policy, kwargs)}
+
+    def _after(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """Give every token its group's state."""
+        call: Call = kwargs["kvpleat_merge"]
+        self._trace = call.trace
+        if isinstance(output, tuple):
+            every = (_every(call, part) if isinstance(part, tuple) else part for part in output[1:])
+            return (_whole(call, call.place, output[0]), *every)
+        output.last_hidden_state = _whole(call, call.place, output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = _every(call, output.hidden_states)
+        return output
+
+
+def _whole(call: Call, place: Tensor, states: Tensor) -> Tensor:
+    return unmerge(place, call.real, states)
+
+
+def _every(call: Call, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The states that enter the first layer and those that leave each layer; None where the caller wants none."""
+    places = (call.places[0], *call.places)
+    return tuple(
+        None if part is None else _whole(call, place.clamp(min=0), part)
+        for place, part in zip(places, states, strict=True)
+    )
+
+
+class _LayerHook:
+    """Merges tokens before a layer, and keeps the rotations of those that stay."""
+
+    def __init__(self, layer: int, keys_from_longer: bool) -> None:
+        self.layer, self.keys_from_longer = layer, keys_from_longer
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        call: Call = kwargs["kvpleat_merge"]
+        args, kwargs = _with_states(args, kwargs, lambda states: call.enter(self.layer, states, self.keys_from_longer))
+        rotations = kwargs.get("position_embeddings")
+        if rotations is not None and not call.tokens.plain:
+            kwargs = kwargs | {"position_embeddings": tuple(call.rotations(part) for part in rotations)}
+        return args, kwargs
+
+
+def _with_states(args: Args, kwargs: Kwargs, change: Callable[[Tensor], Tensor]) -> tuple[Args, Kwargs]:
+    """The arguments of a layer with its states changed, however they were passed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+
+def _longer_input(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Let attention see the tokens before they merged."""
+    longer = kwargs["kvpleat_merge"].longer
+    return (args, kwargs) if longer is None else _with_states(args, kwargs, lambda _: longer.states)
+
+
+def _cut(module: nn.Module, args: Args, kwargs: Kwargs, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Cut off what `attention_forward` padded where keys came from more tokens than the layer goes on with."""
+    call: Call = kwargs["kvpleat_merge"]
+    return output if call.longer is None else (output[0][:, : call.tokens.sizes.shape[1]], *output[1:])
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Behind transformers' AttentionMaskInterface: `attention_forward` knows itself what is padding."""
