@@ -146,26 +146,29 @@ def test_low_precision() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
 def test_gradients(family: str) -> None:
-    """Of the whole encoder under compression: as finite differences say along a random direction of a weight."""
+    """Of the whole encoder under compression: as finite differences say, along a direction in a weight of the layers
+    after the merge (a weight before it can change who merges, which no derivative knows)."""
+    torch.manual_seed(0)
     model = tiny(family)
     ids, mask = texts([33, 20])
-    weight = model.get_input_embeddings().weight
-    last = next(p for name, p in model.named_parameters() if "norm" in name.lower() and p.dim() == 1)
+    embedding = model.get_input_embeddings().weight
+    weight = next(p for name, p in model.named_parameters() if ".1." in name and p.dim() == 2)
     with compress(model, EncoderMerge(ratio=2.5, floor=4)):
 
         def loss() -> torch.Tensor:
             return model(input_ids=ids, attention_mask=mask).last_hidden_state.pow(3).mean()
 
         loss().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (weight, last))
-        direction = torch.randn_like(last)
-        want = float((last.grad * direction).sum())
+        assert embedding.grad.abs().sum() > 0
+        direction = torch.randn_like(weight)
+        want = float((weight.grad * direction).sum())
         with torch.no_grad():
             values = []
-            for step in (1e-5, -2e-5):
-                last += step * direction
+            for step in (1e-6, -2e-6):
+                weight += step * direction
                 values.append(float(loss()))
-        assert (values[0] - values[1]) / 2e-5 == pytest.approx(want, rel=1e-3)
+        # ModernBERT rotates in float32, which leaves a difference few digits.
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(want, rel=2e-2 if family == "modernbert" else 1e-4)
 
 
 def test_a_classifier_learns_under_compression() -> None:
