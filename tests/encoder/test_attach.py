@@ -31,8 +31,28 @@ def test_everything_comes_off(family: str) -> None:
         model(ids, mask, output_attentions=True)
     assert not merged.attached
     assert hooks(model) == count
+    assert "forward" not in vars(model)
     assert model.config._attn_implementation == implementation
     assert torch.equal(model(ids, mask).last_hidden_state, before)
+
+
+def test_a_forward_of_the_users_own() -> None:
+    """Called under the policy with the model's output, and back in its place afterwards."""
+    model = tiny("bert")
+    ids, seen, own = texts([30])[0], [], model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        seen.append(out.last_hidden_state.shape[1])
+        return out
+
+    model.forward = forward
+    with compress(model, EncoderMerge(ratio=2.0, floor=4)):
+        assert model(ids).last_hidden_state.shape[1] == 30
+    assert seen == [15]
+    with compress(model, EncoderMerge(ratio=1.0)):
+        assert model.forward is forward
+    assert model.forward is forward
 
 
 def test_one_at_a_time() -> None:
@@ -203,7 +223,7 @@ def test_inside_another_module() -> None:
             self.auto_model = tiny("bert")
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            states = self.auto_model(input_ids=ids, attention_mask=mask)[0]
+            states = self.auto_model.forward(input_ids=ids, attention_mask=mask)[0]  # no hook of this module would run
             weights = mask[..., None].to(states.dtype)
             return (states * weights).sum(1) / weights.sum(1)
 

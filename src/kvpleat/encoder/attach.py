@@ -1,10 +1,12 @@
 """Attaching EncoderMerge to an encoder, and taking it off again: `with compress(bert, EncoderMerge(ratio=2.6))`.
 
 What happens on attach, all of it undone on detach: the model's attention implementation is set to kvpleat's through
-transformers' own interface, one hook before and one after the base model's forward are registered, one before
-each layer, and one before and one after its attention. No class is touched. At ratio 1 nothing happens at all.
+transformers' own interface, hooks are registered before each layer and before and after its attention, and `forward` is
+shadowed on the one base model object (a hook would not do: sentence-transformers calls `forward` itself). No class is
+touched. At ratio 1 nothing happens at all.
 """
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -41,7 +43,7 @@ class MergedEncoder:
         self.model, self.policy = model, policy
         self.encoder: Encoder = describe(model)
         self.original: str = ""  # the model's own attention implementation
-        self._signature = inspect.signature(self.encoder.base.forward)
+        self._signature = inspect.signature(type(self.encoder.base).forward)
         self._handles: list[Any] = []
         self._entered = False
         self._trace: Trace | None = None
@@ -117,10 +119,7 @@ class MergedEncoder:
 
     def _register(self) -> None:
         base, family = self.encoder.base, self.encoder.family
-        self._handles = [
-            base.register_forward_pre_hook(self._before, with_kwargs=True),
-            base.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        self._handles = [_Shadow(base, self._wrapped(base.forward))]
         for index, layer in enumerate(self.encoder.layers):
             longer = family.keys_from_longer
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(index, longer), with_kwargs=True))
@@ -129,25 +128,45 @@ class MergedEncoder:
                 self._handles.append(inner.register_forward_pre_hook(_longer_input, with_kwargs=True))
                 self._handles.append(inner.register_forward_hook(_cut, with_kwargs=True))
 
-    def _before(self, base: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Check the input, and let a Call travel with it."""
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        kwargs = {**{k: v for k, v in bound.items() if k not in ("kwargs", "args")}, **bound.get("kwargs", {})}
-        if (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
-            return (), kwargs  # the model's own error says it best
-        return (), kwargs | {"kvpleat_merge": calls.plan(self.encoder, self.policy, kwargs)}
+    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The base model's forward with a Call that travels with it, and every token's state at the end."""
 
-    def _after(self, base: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        """Give every token its group's state."""
-        call: Call = kwargs["kvpleat_merge"]
-        self._trace = call.trace
-        if isinstance(output, tuple):
-            every = (_every(call, part) if isinstance(part, tuple) else part for part in output[1:])
-            return (_whole(call, call.place, output[0]), *every)
-        output.last_hidden_state = _whole(call, call.place, output.last_hidden_state)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = _every(call, output.hidden_states)
-        return output
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            bound = self._signature.bind_partial(None, *args, **kwargs).arguments
+            given = {**{k: v for k, v in bound.items() if k not in ("self", "kwargs")}, **bound.get("kwargs", {})}
+            if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
+                return original(*args, **kwargs)  # raises: the model's own words say it best
+            call = calls.plan(self.encoder, self.policy, given)
+            output = original(**given, kvpleat_merge=call)
+            self._trace = call.trace
+            return _unmerged(call, output)
+
+        return forward
+
+
+class _Shadow:
+    """A forward over that of one model object, which `remove` puts back."""
+
+    def __init__(self, base: Any, forward: Callable[..., Any]) -> None:
+        self.base, self.own = base, base.__dict__.get("forward")  # what the user had put there
+        base.forward = forward
+
+    def remove(self) -> None:
+        del self.base.forward
+        if self.own is not None:
+            self.base.forward = self.own
+
+
+def _unmerged(call: Call, output: Any) -> Any:
+    """A base model's output with a state for every token."""
+    if isinstance(output, tuple):
+        every = (_every(call, part) if isinstance(part, tuple) else part for part in output[1:])
+        return (_whole(call, call.place, output[0]), *every)
+    output.last_hidden_state = _whole(call, call.place, output.last_hidden_state)
+    if output.get("hidden_states") is not None:
+        output.hidden_states = _every(call, output.hidden_states)
+    return output
 
 
 def _whole(call: Call, place: Tensor, states: Tensor) -> Tensor:
