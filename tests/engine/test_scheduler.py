@@ -53,6 +53,10 @@ class Device:
         """A step: counters, and the token of each seat."""
         for seat, _ in plan.released:
             self.rows[seat], self.next[seat] = None, -1
+        for _, source, target in plan.moved:
+            assert self.rows[target] is None, "a row moves to where another one is"
+            self.rows[target], self.rows[source] = self.rows[source], None
+            self.next[target], self.next[source] = self.next[source], -1
         self.failed = 0 if plan.clear else self.failed
         assert self.free >= 0, "more pages than there are"
         assert plan.size == sum(feed.size for feed in plan.feeds) <= self.limits.step_tokens

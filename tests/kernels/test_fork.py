@@ -188,3 +188,28 @@ def test_chunks_go_on_behind_a_fork() -> None:
     both.chunk({0: 20, 1: 31})
     both.check()
     assert extend.most_pages(both.shape, 17) == 2 * LAYERS * HEADS
+
+
+@pytest.mark.parametrize("merges", [None, False, True])
+@pytest.mark.parametrize("failed", [0, 7])
+def test_a_row_moves_with_all_that_it_has(merges: bool | None, failed: int) -> None:
+    """And whatever became of a step; others stay as they are."""
+    delay = None if merges is None else Delay(3, merges=merges, weighs=merges)
+    pool = make_pool(make_shape(delay), delay)
+    update.reserve(pool, torch.arange(pool.lengths.numel()).view_as(pool.lengths).int() % 40 + 1)
+    pool.lengths.add_((torch.arange(pool.lengths.numel()).view_as(pool.lengths) % 40 + 1).int())
+    for x in pool.ring or ():
+        if x is not None:
+            x.copy_(torch.randint(0, 2, x.shape))
+    update.release(pool, ints(0))
+    pool.failed.fill_(failed)
+    states = [x for x in (pool.page_table, pool.num_pages, pool.lengths, *(pool.ring or ())) if x is not None]
+    before, free = [x.clone() for x in states], pool.free_pages[: int(pool.free_count)].clone()
+    fork.move(pool, ints(ROWS - 1), ints(0))
+    for old, new in zip(before, states, strict=True):
+        assert torch.equal(new[0], old[ROWS - 1])
+        assert torch.equal(new[1 : ROWS - 1], old[1 : ROWS - 1])
+    assert not pool.lengths[ROWS - 1].any()
+    assert (pool.page_table[ROWS - 1] == FREE).all()
+    assert torch.equal(pool.free_pages[: int(pool.free_count)], free)
+    assert int(pool.failed) == failed

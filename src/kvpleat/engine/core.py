@@ -163,7 +163,7 @@ class EngineCore:
                 if not sizes.out_of_memory(error):
                     raise
                 fits = False  # what follows is done where the error holds on to nothing any more
-            if fits and self._runs is None and (plan.released or plan.dropped or plan.clear):
+            if fits and self._runs is None and (plan.released or plan.dropped or plan.clear or plan.moved):
                 self.runner.release(plan)
             if fits:
                 return self._settle(before, plan)

@@ -235,6 +235,14 @@ class Fork(NamedTuple):
     frozen: Frozen
 
 
+class Move(NamedTuple):
+    """A row that goes on in another seat, which is free."""
+
+    row: Row
+    source: int
+    target: int
+
+
 @dataclass
 class Plan:
     """One step.
@@ -246,7 +254,8 @@ class Plan:
     Attributes:
         seated: rows that get a seat. tokens, chunks: what is fed. size: tokens of both. pages: it is reckoned to take.
         dropped: frozen rows of the pool that leave before it. kept: rows that leave, but stay frozen. begun: rows that
-            begin with frozen ones. taken: rows that are frozen at its end, and go on. freed: pages of all who leave.
+            begin with frozen ones. taken: rows that are frozen at its end, and go on. moved: rows that get other seats
+            before it, whatever becomes of it. freed: pages of all who leave.
     """
 
     released: list[tuple[int, Row]]
@@ -261,6 +270,7 @@ class Plan:
     kept: list[Fork] = field(default_factory=list)
     begun: list[Fork] = field(default_factory=list)
     taken: list[Fork] = field(default_factory=list)
+    moved: list[Move] = field(default_factory=list)
     freed: int = 0
 
     @property

@@ -2,7 +2,7 @@
 and what the host gets to know of it one step late.
 
 A step is as wide as the highest seat in use, rounded up to a size of the ladder 1, 2, 4, 8, ...: token i of the batch
-is that of seat i, or of nobody. Steps without prompts have fixed shapes, so on a GPU they are CUDA graphs; steps with
+is that of seat i, or of nobody; rows move to close gaps. Steps without prompts have fixed shapes, so on a GPU they are CUDA graphs; steps with
 chunks of prompts run as they are. The host writes numbers into pinned memory and never reads a tensor of a step that
 runs.
 """
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,12 +22,10 @@ from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.rows import Counters, Fork, Plan
 from kvpleat.engine.sampling import Mode, Sampled, Sampler
 from kvpleat.engine.sizes import ladder
-from kvpleat.engine.transfer import packed, pinned, to_host
+from kvpleat.engine.transfer import ACTIVE, DRAWS, NUMBERS, POSITIONS, RELEASED, packed, pinned, to_host, written
 from kvpleat.kernels import decode, extend, fork, reference, update
 from kvpleat.kernels.decode import Work
 from kvpleat.kernels.device_pool import DevicePool, first_rows, new_pool
-
-POSITIONS, ACTIVE, NUMBERS, DRAWS, RELEASED = range(5)  # lines of what the host writes
 
 
 class Launched(NamedTuple):
@@ -143,19 +140,11 @@ class Runner:
     def release(self, plan: Plan) -> list[Tensor]:
         """Send the numbers of a step to the device, and empty the rows that leave before it. Returns what became of
         those that stay frozen."""
-        written = np.zeros((5, self._next.shape[0]), dtype=np.int32)
-        if tokens := plan.tokens:
-            seats = np.array(tokens.seats)
-            written[POSITIONS, seats], written[NUMBERS, seats] = tokens.starts, tokens.numbers
-            written[ACTIVE, seats] = written[DRAWS, seats] = 1
-        for feed in plan.chunks:
-            written[NUMBERS, feed.seat], written[DRAWS, feed.seat] = feed.number, feed.draws
-        for number, (seat, row) in enumerate(plan.released):
-            written[RELEASED, number] = seat
+        for seat, row in plan.released:
             self.sampler.unseat(seat)
             if self._observed is not None:
                 self._observed.forget(row)
-        self._written.copy_(pinned(torch.from_numpy(written), self.device), non_blocking=True)
+        self._written.copy_(pinned(written(plan, self._next.shape[0]), self.device), non_blocking=True)
         if plan.dropped:
             self._empty(self._sent(torch.tensor(plan.dropped)))
         if plan.clear:
@@ -163,7 +152,19 @@ class Runner:
         told = [self._fork(plan.kept, whole=True)] if plan.kept else []
         if plan.released:
             self._empty(self._written[RELEASED, : len(plan.released)])
+        if plan.moved:
+            self._move(plan)
         return told
+
+    def _move(self, plan: Plan) -> None:
+        """Rows go on in other seats, with all that is known of them by seat."""
+        pairs = [(move.source, move.target) for move in plan.moved]
+        sources, targets = self._sent(torch.tensor(pairs).T.contiguous())
+        fork.move(self.pool, sources, targets, None if self._sliding is None else self._sliding.ring)
+        self.sampler.move(pairs, sources, targets)
+        for state in (self._next, None if self._observed is None else self._observed.last):
+            if state is not None:
+                state.index_copy_(0, targets, state.index_select(0, sources))
 
     def _fork(self, forks: Sequence[Fork], begin: bool = False, **options: Any) -> Tensor:
         """Rows become frozen ones, or begin with them: `fork.fork`."""

@@ -127,6 +127,20 @@ class Sampler:
         self._needs.pop(index, None)
         self._mode = None
 
+    def move(self, pairs: Sequence[tuple[int, int]], sources: Tensor, targets: Tensor) -> None:
+        """Requests take other seats, which are free.
+
+        Args:
+            pairs: of each, the seat that it leaves and the one that it takes. sources, targets: [n] int64 the same.
+        """
+        for source, target in pairs:
+            self._needs[target] = self._needs.pop(source)
+        for x in (
+            self._temperature, self._noise, self._top_k, self._top_p, self._log_min_p, self._seed, self._min_tokens,
+            self._end_ids,
+        ):  # fmt: skip
+            x.index_copy_(0, targets, x.index_select(0, sources))
+
     @property
     def mode(self) -> Mode:
         """The least mode that serves all seats in use. Known on the host."""

@@ -18,7 +18,8 @@ from collections import deque
 
 from kvpleat.engine.pages import Pages
 from kvpleat.engine.reckoned import Reckoned
-from kvpleat.engine.rows import Counters, Decoding, Feed, Fork, Frozen, Limits, Plan, Row, whole
+from kvpleat.engine.rows import Counters, Decoding, Feed, Fork, Frozen, Limits, Move, Plan, Row, whole
+from kvpleat.engine.sizes import width
 
 CAUTIOUS = 32  # steps in which every stream is reckoned to take a page, after a chunk found too few
 PATIENCE = (16, 1024)  # steps that go well before larger ones are tried again: at first, and after many failures
@@ -69,6 +70,7 @@ class Scheduler:
         self._leaving, self._clear, self._caution = [], False, max(0, self._caution - 1)
         self.pages.begin(plan, runs)
         self._empty(plan.released)
+        self._close_up()
         if not runs and not self.running:
             self.pages.free = self.limits.pages - self.pages.prefixes.pages
         self._decode(plan)
@@ -95,6 +97,21 @@ class Scheduler:
         self._plan.kept += [fork for fork in forks if fork is not None]
         self._seats += [seat for seat, _ in released]
         self._seats.sort(reverse=True)  # the lowest is taken first: steps are as wide as the highest in use
+
+    def _close_up(self) -> None:
+        """Rows on the highest seats go on in free ones, where that makes steps narrower: costs as much as a few small
+        kernels. Those that are about to be frozen, or to begin with what is, stay: what becomes of it is told by
+        seat."""
+        narrow, seats = width(len(self.running), self.limits.seats), [row.seat or 0 for row in self.running]
+        above = [row for row, seat in zip(self.running, seats, strict=True) if seat >= narrow]
+        if any(row.fed <= row.goal for row in above):
+            return
+        for row in above:
+            assert row.seat is not None
+            move = Move(row, row.seat, self._seats.pop())
+            row.seat = move.target
+            self._plan.moved.append(move)
+        self._seats = sorted([*self._seats, *(move.source for move in self._plan.moved)], reverse=True)
 
     def _go_on_with_prompts(self) -> bool:
         """Chunks of rows that are in the middle of their prompts. Returns whether all of them could go on."""
@@ -189,7 +206,7 @@ class Scheduler:
         Returns:
             whether the step went well. If not, nothing of it, nor of the later one, has happened, but that rows left.
         """
-        self._look(plan, counters, set(later.seated) if later else set())
+        self._look(plan, counters, later or Plan([], False, False))
         void = later.kept + later.taken if later and counters.missing else []
         for each in (later, plan) if counters.missing else ():
             for row in each.take_back() if each else ():
@@ -205,9 +222,12 @@ class Scheduler:
             self.step_tokens, self._well = min(2 * self.step_tokens, self.limits.step_tokens), 0
         return True
 
-    def _look(self, plan: Plan, counters: Counters, new: set[Row]) -> None:
-        """What rows hold. new: those that were not in their seats yet."""
-        held = counters.held
+    def _look(self, plan: Plan, counters: Counters, later: Plan) -> None:
+        """What rows hold, those that have moved since in the seats that they had."""
+        held, before = counters.held, {move.row: move.source for move in later.moved}
+        new = {*later.seated, *before}
+        for row, source in before.items():
+            row.held = held[source] if source < len(held) else row.held
         for row in self.running:
             seat = row.seat
             if seat is not None and seat < len(held) and row not in new:
@@ -215,7 +235,7 @@ class Scheduler:
         if self.limits.calendar is None or counters.missing:
             return  # nobody asks for the longest stream
         for feed in plan.feeds:
-            if feed.row.seat == feed.seat and feed.row not in new:
+            if before.get(feed.row, feed.row.seat) == feed.seat and feed.row not in later.seated:
                 longest = counters.longest[feed.seat] * self.limits.page_size
                 feed.row.longest, feed.row.counted = longest, feed.start + feed.size
 

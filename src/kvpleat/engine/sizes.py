@@ -100,6 +100,11 @@ def ladder(most: int) -> list[int]:
     return [*sizes, most]
 
 
+def width(seats: int, most: int) -> int:
+    """The narrowest step of the ladder that covers so many seats, one at least."""
+    return min(most, 1 << max(0, seats - 1).bit_length())
+
+
 def fixed_bytes(
     policy: Policy, facts: ModelFacts, seats: int, step_tokens: int, length: int, frozen: int = 0
 ) -> dict[str, int]:

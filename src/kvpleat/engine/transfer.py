@@ -6,6 +6,21 @@ from torch import Tensor
 
 from kvpleat.engine.rows import Plan
 
+POSITIONS, ACTIVE, NUMBERS, DRAWS, RELEASED = range(5)  # lines of what the host writes
+
+
+def written(plan: Plan, seats: int) -> Tensor:
+    """[5, seats] int32 numbers of a step, by seat; the last line is a list of seats."""
+    found = np.zeros((5, seats), dtype=np.int32)
+    if tokens := plan.tokens:
+        own = np.array(tokens.seats)
+        found[POSITIONS, own], found[NUMBERS, own] = tokens.starts, tokens.numbers
+        found[ACTIVE, own] = found[DRAWS, own] = 1
+    for feed in plan.chunks:
+        found[NUMBERS, feed.seat], found[DRAWS, feed.seat] = feed.number, feed.draws
+    found[RELEASED, : len(plan.released)] = [seat for seat, _ in plan.released]
+    return torch.from_numpy(found)
+
 
 def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and positions [T] of the chunks, one after the other, and [n] the last token of each seat in the batch: 0

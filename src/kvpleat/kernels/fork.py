@@ -1,6 +1,7 @@
 """Rows that begin as others are: what was computed for one is the beginning of the other, and pages are shared.
 
     told = fork(pool, sources, targets)     rows `targets`, which are empty, become copies of rows `sources`
+    move(pool, sources, targets)            rows `sources` go on as rows `targets`, which are empty
     update.release(pool, rows)              a page is free when the last of its holders has left it
 
 **Copy on write, of writes that are known beforehand.** From the state of a row follows which of its pages may still be
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvpleat.kernels import update
-from kvpleat.kernels.device_pool import FREE, DevicePool, Ring, settled
+from kvpleat.kernels.device_pool import EMPTY, FREE, DevicePool, Ring, settled
 
 
 def fork(
@@ -69,6 +70,26 @@ def fork(
             held_by_all.index_copy_(0, targets, torch.where(done, new, held_by_all.index_select(0, targets)))
     shared = still.sum((1, 2, 3), dtype=torch.int32)
     return torch.stack([torch.where(done, shared, -1), needed.sum((1, 2), dtype=torch.int32)])
+
+
+def move(pool: DevicePool, sources: Tensor, targets: Tensor, beside: Ring | None = None) -> None:
+    """Make rows change their places. No page is copied, and a step that has failed, which changed nothing, hinders
+    nothing.
+
+    Args:
+        sources: [n] int64 rows, which are empty then. targets: [n] int64 rows that are empty; none is a source.
+        beside: another ring of the same rows.
+    """
+    for state in (pool.page_table, pool.num_pages, pool.lengths, *(pool.ring or ()), *(beside or ())):
+        if state is not None:
+            state.index_copy_(0, targets, state.index_select(0, sources))
+    pool.page_table.index_fill_(0, sources, FREE)
+    for counts in (pool.num_pages, pool.lengths):
+        counts.index_fill_(0, sources, 0)
+    for ring in (pool.ring, beside):
+        if ring is not None:
+            ring.slots.index_fill_(0, sources, EMPTY)
+            ring.marked.index_fill_(0, sources, False)
 
 
 def _on_gpu(pool: DevicePool) -> bool:
