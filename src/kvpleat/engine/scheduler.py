@@ -104,7 +104,7 @@ class Scheduler:
         seat."""
         narrow, seats = width(len(self.running), self.limits.seats), [row.seat or 0 for row in self.running]
         above = [row for row, seat in zip(self.running, seats, strict=True) if seat >= narrow]
-        if any(row.fed <= row.goal for row in above):
+        if not above or any(row.fed <= row.goal for row in above):
             return
         for row in above:
             assert row.seat is not None
