@@ -17,7 +17,8 @@ from kvpleat.engine.params import Request, SamplingParams, TokenLogprobs
 COUNT, ANSWER, KNOWN = 12, 48, 8  # requests, tokens of an answer, log probabilities that are compared
 TIGHT = 1.2  # pages of the pool that is too small, over those that one sequence needs
 BREAKS = (8, 16)  # forwards that find no memory, so that all rows begin again, beside those that lack pages
-ALLOWED = {torch.float32: (1.0, 1e-4), torch.float16: (0.5, 0.5), torch.bfloat16: (0.5, 2.0)}  # share, and difference
+# Share of equal tokens, and difference. An H100 in bfloat16 gave 80% and 0.27 at worst (2026-11-26), in float32 100%.
+ALLOWED = {torch.float32: (1.0, 1e-4), torch.float16: (0.5, 0.5), torch.bfloat16: (0.65, 0.6)}
 
 Answers = dict[str, list[tuple[int, TokenLogprobs]]]
 
