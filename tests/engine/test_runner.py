@@ -27,7 +27,14 @@ from tests import models
 
 @pytest.mark.parametrize(
     ("most", "sizes"),
-    [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9]), (100, [1, 2, 4, 8, 16, 32, 64, 100])],
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (8, [1, 2, 4, 8]),
+        (9, [1, 2, 4, 8, 9]),
+        (35, [1, 2, 4, 8, 16, 32, 35]),
+        (100, [1, 2, 4, 8, 16, 32, 40, 48, 56, 64, 80, 96, 100]),
+    ],
 )
 def test_ladder(most: int, sizes: list[int]) -> None:
     assert ladder(most) == sizes

@@ -1,7 +1,7 @@
 """One step on the device: its tensors, the forward of the unpatched model over a flattened batch, the draw of tokens,
 and what the host gets to know of it one step late.
 
-A step is as wide as the highest seat in use, rounded up to a size of the ladder 1, 2, 4, 8, ...: token i of the batch
+A step is as wide as the highest seat in use, rounded up to one of a few sizes (`sizes.ladder`): token i of the batch
 is that of seat i, or of nobody; rows move to close gaps. Steps without prompts have fixed shapes, so on a GPU they are
 CUDA graphs; steps with chunks of prompts run as they are. The host writes numbers into pinned memory and never reads a
 tensor of a step that runs.

@@ -24,6 +24,7 @@ UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 OUT_OF_MEMORY = "out of memory|allocate memory|alloc_failed"  # what CUDA, its libraries, Triton and the CPU say
 GPU_SHARE, CPU_SHARE = 0.8, 0.25  # of the memory that is free, or that the machine has
+COARSE = 32  # widths up to it are powers of two, and four to an octave from there on, where rows nobody has cost time
 FROZEN, FROZEN_SHARE = 256, 0.02  # frozen rows at most, and of the memory what says where their pages are
 
 
@@ -95,14 +96,18 @@ def length_for(max_model_len: int | None, facts: ModelFacts) -> int:
 
 
 def ladder(most: int) -> list[int]:
-    """Widths of steps: powers of two, and `most`."""
-    sizes = [1 << i for i in range(most.bit_length()) if 1 << i < most]
-    return [*sizes, most]
+    """Widths of steps, the last one `most`."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(width(sizes[-1] + 1, most))
+    return sizes
 
 
 def width(seats: int, most: int) -> int:
     """The narrowest step of the ladder that covers so many seats, one at least."""
-    return min(most, 1 << max(0, seats - 1).bit_length())
+    octave = 1 << max(0, seats - 1).bit_length()
+    step = max(1, octave // 8) if octave > COARSE else octave
+    return min(most, -(-seats // step) * step)
 
 
 def fixed_bytes(
