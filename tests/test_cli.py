@@ -262,6 +262,8 @@ def test_flags_are_a_decision() -> None:
         | {"--weights", "--lm-eval", "--lm-eval-path", "--quick", "--shard", "--list"},
         "bench": run | {"--batch", "--context", "--steps", "--warmup", "--repeats"},
         "report": {"files", "--out", "--markdown"},
+        "encode": {"file", "--model", "--policy", "--ratio", "--coverage", "--pooling", "--normalize", "--batch"}
+        | {"--out", "--dtype", "--device", "--trust-remote-code"},
         "retrofit": {"--model", "--data", "--held-out", "--held-out-rows", "--text-field", "--out", "--json"}
         | {"--method", "--ratio", "--train", "--steps", "--tokens", "--rows", "--length", "--delay", "--rate"}
         | {"--sinks", "--model-rate", "--margin", "--seconds", "--recall-share", "--answer-weight", "--lm-weight"}

@@ -20,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,21 @@ def process_memory(
             "or asked of CUDA. Measure on one of these."
         )
     request = {"model": model, "spec": spec, "ids": ids.tolist(), "dtype": dtype, "device": device, "chunk": chunk}
+    what = f"{spec} with {ids.shape[0]} x {ids.shape[1]} tokens"
+    return in_fresh_process("kvpleat.bench.memory", request, what)
+
+
+def in_fresh_process(module: str, request: dict[str, Any], what: str) -> dict[str, int]:
+    """What `python -m module` answers to a request on its stdin, with the allocator told to give memory back.
+
+    Args:
+        request: JSON-ready; "threads" is added. what: is measured, for people.
+
+    Raises:
+        JudgeError: the process failed or ran out of memory.
+    """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "kvpleat.bench.memory"],
+        [sys.executable, "-W", "ignore", "-m", module],
         input=json.dumps({**request, "threads": torch.get_num_threads()}),
         env={**os.environ, **ALLOCATOR},
         capture_output=True,
@@ -92,7 +106,7 @@ def process_memory(
         if done.returncode == -signal.SIGKILL:
             why += ", most likely for lack of memory"
         raise JudgeError(
-            f"The process that measured the memory of {spec} with {ids.shape[0]} x {ids.shape[1]} tokens ended: {why}. "
+            f"The process that measured the memory of {what} ended: {why}. "
             "Pass fewer tokens or rows, or leave the method out."
         )
     figures: dict[str, int] = json.loads(_last(done.stdout))
@@ -139,11 +153,16 @@ def _bytes(session: Session, device: torch.device, *, reset_peak: bool = False) 
 
 def main() -> None:
     """Answer the one request on stdin with one line on stdout; a failure is the last line of stderr."""
+    answer_request(_measure)
+
+
+def answer_request(measure: Callable[[dict[str, Any]], dict[str, int]]) -> None:
+    """In the fresh process: read the request, measure, print."""
     with contextlib.suppress(OSError):  # not on Linux
         # If memory runs out, this process ends and not the one that waits for it.
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     try:
-        figures = _measure(json.load(sys.stdin))
+        figures = measure(json.load(sys.stdin))
     except (KvpleatError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{type(error).__name__}: {error}".replace("\n", " "))
     print(json.dumps(figures))

@@ -65,15 +65,17 @@ def kept_shares(records: Iterable[Record], model: dict[str, Any]) -> dict[str, l
         records: of one kind of weights; those without "kept" are left out.
         model: `ResultFile.model`, which tells bytes from tokens.
     """
+    records = [record for record in records if "kept" in record.memory]
+    if not records:
+        return {}  # encoders have no such model
     itemsize = getattr(torch, model["dtype"]).itemsize
     token_bytes = 2 * model["head_dim"] * itemsize * model["layers"] * model["kv_heads"]
     kept: dict[str, torch.Tensor] = {}
     seen: dict[str, float] = defaultdict(float)
     for record in records:
-        if "kept" in record.memory:
-            entries = torch.tensor(record.memory["kept"], dtype=torch.float64)
-            kept[record.method] = kept[record.method] + entries if record.method in kept else entries
-            seen[record.method] += record.memory["full_bytes"] / token_bytes
+        entries = torch.tensor(record.memory["kept"], dtype=torch.float64)
+        kept[record.method] = kept[record.method] + entries if record.method in kept else entries
+        seen[record.method] += record.memory["full_bytes"] / token_bytes
     return {method: (entries / seen[method]).tolist() for method, entries in kept.items()}
 
 

@@ -1,7 +1,8 @@
 """The files of the judge: what an evaluation or a benchmark writes, and reads back to resume or to report.
 
-A file is one JSON object: `kind` ("eval" or "bench"), `version`, `command`, `created`, `environment`, `model`,
-`settings`, `methods` (what `Method.to_dict` says) and `records`. A record of an evaluation is one method on one item:
+A file is one JSON object: `kind` ("eval", "bench" or "encoder"), `version`, `command`, `created`, `environment`,
+`model`, `settings`, `methods` (what `Method.to_dict` says) and `records`. A record of an evaluation is one method on
+one item:
 
     {"task": "passkey", "item": "passkey/known/4096/3", "group": {"length": 4096, "form": "known", "depth": 0.5},
      "method": "attention:ratio=4", "weights": "full", "scores": {"correct": 1.0}, "memory": {...}, "seconds": 8.1}
@@ -27,6 +28,7 @@ from kvpleat.hf.families import describe
 from kvpleat.hf.models import LoadedModel
 
 VERSION = 1
+KINDS = ("eval", "bench", "encoder")
 PACKAGES = ("kvpleat", "torch", "transformers", "kvpress", "optimum-quanto", "torchao", "lm-eval")
 
 
@@ -85,13 +87,13 @@ class ResultFile:
         """A file that `write` wrote. Raises OptionError where it is none."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["version"] != VERSION or content["kind"] not in ("eval", "bench"):
+            if content["version"] != VERSION or content["kind"] not in KINDS:
                 raise ValueError(f"kind {content['kind']!r}, version {content['version']}")
             result = ResultFile(**content)
         except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
             raise OptionError(
-                f"{path} is no result of `kvpleat eval` or `kvpleat bench` of this version ({error}), so nothing can "
-                "be read from it. Pass a file that --out wrote."
+                f"{path} is no result of `kvpleat eval`, `kvpleat bench` or the judge of encoders of this version "
+                f"({error}), so nothing can be read from it. Pass a file that --out wrote."
             ) from error
         if result.kind == "eval":
             result.records = [Record(**record) for record in result.records]

@@ -12,6 +12,7 @@ from rich.table import Table
 from kvpleat import explain as explain_model
 from kvpleat import policies as policies_module
 from kvpleat.cli import bench as _bench  # noqa: F401  # registers its command
+from kvpleat.cli import encode as _encode  # noqa: F401  # registers its command
 from kvpleat.cli import eval as _eval  # noqa: F401  # registers its command
 from kvpleat.cli import options, show
 from kvpleat.cli import report as _report  # noqa: F401  # registers its command

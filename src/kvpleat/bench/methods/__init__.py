@@ -10,7 +10,18 @@ from kvpleat.bench.methods.peers import PRESSES, Peer
 from kvpleat.bench.methods.pleated import PleatedMethod, RandomEviction
 from kvpleat.errors import OptionError
 
-__all__ = ["REFERENCE", "STORAGES", "Memory", "Method", "Session", "known", "parse", "parse_list"]
+__all__ = [
+    "REFERENCE",
+    "STORAGES",
+    "Memory",
+    "Method",
+    "Session",
+    "known",
+    "parse",
+    "parse_list",
+    "parse_options",
+    "split_list",
+]
 
 REFERENCE = Dynamic.spec
 
@@ -29,16 +40,21 @@ def parse_list(text: str) -> list[Method]:
     Raises:
         OptionError: a name or option is unknown, or the list is empty.
     """
+    specs = split_list(text)
+    if not specs:
+        raise OptionError(f"--policy {text!r} names no policy. Pass for example full,window:ratio=4,attention:ratio=4.")
+    return [parse(spec) for spec in specs]
+
+
+def split_list(text: str) -> list[str]:
+    """The specs that "P,P,..." stands for, each once, in order."""
     specs: list[str] = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         if "=" in part and ":" not in part and specs:
             specs[-1] += "," + part  # an option of the method before it
         else:
             specs.append(part)
-    if not specs:
-        raise OptionError(f"--policy {text!r} names no policy. Pass for example full,window:ratio=4,attention:ratio=4.")
-    expanded = [one for spec in specs for one in _expand(spec)]
-    return [parse(spec) for spec in dict.fromkeys(expanded)]
+    return list(dict.fromkeys(one for spec in specs for one in _expand(spec)))
 
 
 def _expand(spec: str) -> list[str]:
@@ -50,15 +66,21 @@ def _expand(spec: str) -> list[str]:
     return [one for value in found[1].split("|") for one in _expand(before + value + after)]
 
 
-def parse(spec: str) -> Method:
-    """A method from "name" or "name:option=value,option=value", such as "attention:ratio=4"."""
-    name, _, rest = spec.partition(":")
+def parse_options(spec: str) -> dict[str, Any]:
+    """The options of "name:option=value,option=value"."""
     options: dict[str, Any] = {}
-    for option in filter(None, rest.split(",")):
+    for option in filter(None, spec.partition(":")[2].split(",")):
         key, equals, value = option.partition("=")
         if not equals or not value:
             raise OptionError(f"{spec!r}: {option!r} is no option. Write name:option=value,option=value.")
         options[key] = _value(key, value)
+    return options
+
+
+def parse(spec: str) -> Method:
+    """A method from "name" or "name:option=value,option=value", such as "attention:ratio=4"."""
+    name = spec.partition(":")[0]
+    options = parse_options(spec)
     try:
         if name == "dynamic":
             return Dynamic(**options)

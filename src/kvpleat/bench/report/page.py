@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from kvpleat.bench.report import figures, quality, speed
+from kvpleat.bench.records import ResultFile
+from kvpleat.bench.report import encoders, figures, quality, speed
 from kvpleat.bench.report.families import common_ratio, families, legend
 from kvpleat.bench.report.html import Html, el, join
 from kvpleat.bench.report.results import Results
@@ -19,7 +20,8 @@ def page(results: Results) -> str:
     """The page as text. Sections without data are left out."""
     here = files("kvpleat.bench.report")
     style, script = (Html((here / name).read_text(encoding="utf-8")) for name in ("style.css", "page.js"))
-    title = f"{results.model['name']}: what KV cache compression keeps"
+    what = "KV cache compression" if results.methods or not results.encoders else "merging tokens"
+    title = f"{results.model['name']}: what {what} keeps"
     head = el(
         "head",
         el("meta", charset="utf-8"),
@@ -44,6 +46,7 @@ def tables(results: Results) -> list[Table]:
         *figures.breakdown_tables(records, results),
         *figures.weights_tables(results),
         *(speed.speed_table(bench, results) for bench in results.benches if bench.records),
+        *(encoders.table(file) for file in results.encoders),
     ]
 
 
@@ -85,6 +88,7 @@ def _sections(results: Results) -> list[Html]:
         _section("Along a generation", at, _if(_grid(quality.along_generation(records, results, found)))),
         _section("Memory over time", at, _if(_grid(speed.traces(results, found)))),
         *(_speed(i, results, found) for i in range(len(results.benches))),
+        *(_encoder(file) for file in results.encoders),
         _section("Weights and methods together", "", [table.html() for table in figures.weights_tables(results)]),
     ]
 
@@ -106,6 +110,14 @@ def _speed(index: int, results: Results, found: Sequence[Any]) -> Html:
         speed.speed_table(bench, results).html(),
     ]
     return _section("Speed", " ".join(filter(None, said)), [part for part in parts if part])
+
+
+def _encoder(file: ResultFile) -> Html:
+    pictures = encoders.pictures(file)
+    merged = [el("h3", "Which tokens were merged, layer by layer"), *pictures] if pictures else []
+    lead = "All methods on the same texts, a batch each in turns; each line is one method over its strengths."
+    parts = [_grid(encoders.plots(file)), encoders.table(file).html(), *merged]
+    return _section("Encoders: quality against time", lead, parts)
 
 
 def _retrieval(grids: Sequence[tuple[str, list[Html], list[Html]]]) -> list[Html]:
@@ -145,7 +157,7 @@ def _header(results: Results, title: str) -> Html:
         "model": f"{model['name']} ({model['dtype']}){size}" + (f", {shape}" if shape else ""),
         "machine": _once(file.environment.get("machine") for file in results.files),
         "measured": _once(file.created for file in results.files),
-        "methods": str(len(results.methods)) + (f", on {items:,} items" if items else ""),
+        "methods": str(len(results.methods) or "") + (f", on {items:,} items" if items else ""),
         "kvpleat": first.environment.get("versions", {}).get("kvpleat", ""),
         "command": first.command
         + (f" (and {len(results.files) - 1} more, see the end)" if len(results.files) > 1 else ""),

@@ -16,6 +16,7 @@ class Results:
 
     Args:
         files: as read, in the order given. records: of all evaluations. benches: the files of kind "bench".
+        encoders: those of kind "encoder"; their methods are named in their records alone.
         methods: spec -> `Method.to_dict()`, the reference first.
         model: of the first file.
         weights: the kinds of weights there are records of, "full" first where it is there.
@@ -24,6 +25,7 @@ class Results:
     files: tuple[ResultFile, ...]
     records: list[Record]
     benches: tuple[ResultFile, ...]
+    encoders: tuple[ResultFile, ...]
     methods: dict[str, dict[str, Any]]
     model: dict[str, Any]
     weights: list[str]
@@ -68,7 +70,7 @@ def merge(files: Sequence[ResultFile], names: Sequence[str]) -> Results:
             them or is not described, or an item of a method is in two of them.
     """
     if not files:
-        raise OptionError("There is nothing to report. Pass at least one file that `kvpleat eval` or `bench` wrote.")
+        raise OptionError("There is nothing to report. Pass at least one file that --out wrote.")
     methods: dict[str, dict[str, Any]] = {}
     records: dict[tuple[str, str, str], tuple[Record, str]] = {}
     for file, name in zip(files, names, strict=True):
@@ -95,7 +97,8 @@ def merge(files: Sequence[ResultFile], names: Sequence[str]) -> Results:
         )
     ordered = dict(sorted(methods.items(), key=lambda item: item[0] != REFERENCE))
     weights = sorted({key[0] for key in records}, key=lambda kind: (kind != "full", kind))
-    return Results(tuple(files), [r for r, _ in records.values()], benches, ordered, files[0].model, weights)
+    encoders = tuple(file for file in files if file.kind == "encoder")
+    return Results(tuple(files), [r for r, _ in records.values()], benches, encoders, ordered, files[0].model, weights)
 
 
 def _check_model(first: ResultFile, file: ResultFile, first_name: str, name: str) -> None:
