@@ -161,19 +161,20 @@ def test_turns_encode_what_embed_does(loaded: LoadedModel) -> None:
         torch.testing.assert_close(found[2].vectors, embed.embed(loaded, given, normalize=True))
 
 
-def test_equal_time_is_found_by_halving(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time is the number of tokens here: truncation to as many as the target runs is what takes as long."""
+@pytest.mark.parametrize("tokens", [5, 23, 57])
+def test_equal_time_is_found(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Time is the square of tokens here: truncation to as many as the target runs is what takes as long."""
 
     def counted(loaded: LoadedModel, pair: Any, given: Any, size: int) -> list[turns.Encoded]:
-        fed = [[float(sum(map(len, entrant.method.cut(given))))] for entrant in pair]
+        fed = [[float(sum(map(len, entrant.method.cut(given)))) ** 2] for entrant in pair]
         return [turns.Encoded(torch.empty(0), seconds) for seconds in fed]
 
     monkeypatch.setattr(turns, "in_turns", counted)
-    target = methods.parse("truncate:tokens=23")
+    target = methods.parse(f"truncate:tokens={tokens}")
     found = turns.matched(
         loaded, target, lambda n: methods.parse(f"truncate:tokens={round(n)}"), (60, 2), rows(60, 50), 2
     )
-    assert found.spec in ("truncate:tokens=23", "truncate:tokens=24")
+    assert abs(found.options["tokens"] - tokens) <= 1
 
 
 # ---- what is asked

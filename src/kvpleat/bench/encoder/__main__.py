@@ -137,7 +137,10 @@ def _speed(args: argparse.Namespace, command: str) -> None:
         if time.perf_counter() - start > args.seconds:
             print(f"{case.name}: left out, {args.seconds:.0f} s are over")
             continue
-        new = speed.run(case, device, rate, ragged)
+        try:
+            new = speed.run(case, device, rate, ragged)
+        except torch.OutOfMemoryError as error:
+            new = [{"shape": case.name, "method": "all", "refused": " ".join(str(error).split())}]
         if device.type == "cuda":
             torch.cuda.empty_cache()
         records += new

@@ -18,7 +18,7 @@ from kvpleat.hf.embed import embed
 from kvpleat.hf.models import LoadedModel
 
 SHARES = (0.0, 0.3)  # of ToMe, between which its strength is looked for
-PROBED = 4  # batches that a strength is measured with
+PROBED, PROBED_BATCH = 5, 8  # batches that a strength is measured with, and texts of each
 TINY_SHARE = 1e-4
 SENTENCE = "Forests and wetlands keep a great deal of carbon out of the air, and they clean the water that we drink."
 
@@ -106,7 +106,7 @@ def equal_time(
     loaded: LoadedModel, methods: Sequence[Method], asked: Asked, say: Callable[[str], None] = lambda words: None
 ) -> list[Method]:
     """ToMe and truncation of such strengths that they take as long as each EncoderMerge among the methods."""
-    texts, batch = asked.retrieval.texts, asked.batch
+    texts, batch = asked.retrieval.texts, min(asked.batch, PROBED_BATCH)
     step = max(1, len(texts) // (PROBED * batch))
     rows = texts[::step][: PROBED * batch]
     longest = max(map(len, texts))

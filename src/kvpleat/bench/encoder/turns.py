@@ -4,6 +4,7 @@ Every method runs on a model object of its own, all on the same weights. Whateve
 and speed-ups are those of pairs. Tokens are made before.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,8 @@ from kvpleat.bench.encoder.methods import Method, share_weights
 from kvpleat.bench.floor import now
 from kvpleat.hf.embed import batch_of, batches, pad_of, pool
 from kvpleat.hf.models import LoadedModel
+
+CLOSE = 0.02  # times that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -98,19 +101,30 @@ def matched(
     bounds: tuple[float, float],
     rows: Sequence[Sequence[int]],
     size: int,
-    steps: int = 7,
+    steps: int = 6,
 ) -> Method:
-    """The method of a kind that takes as long as another, found by halving an interval of its strength.
+    """The method of a kind that takes as long as another, found by false position between two strengths.
 
     Args:
         make: a method of a strength; stronger is faster. bounds: the weakest and the strongest.
-        rows: texts to measure with. size: of a batch. steps: measurements.
+        rows: texts to measure with. size: of a batch. steps: measurements at most.
     """
     weak, strong = bounds
+    slower = faster = 0.0  # log of the time over the target's at both ends; 0: not measured
+    best, nearest = make(strong), math.inf
     for _ in range(steps):
-        middle = (weak + strong) / 2
-        with entrants(loaded, [target, make(middle)]) as pair:
+        share = slower / (slower - faster) if slower and faster else 0.5
+        strength = weak + min(max(share, 0.1), 0.9) * (strong - weak)
+        method = make(strength)
+        with entrants(loaded, [target, method]) as pair:
             wanted, found = in_turns(loaded, pair, rows, size)
         ratio = statistics.median(b / a for a, b in zip(wanted.seconds, found.seconds, strict=True))
-        weak, strong = (middle, strong) if ratio > 1 else (weak, middle)
-    return make((weak + strong) / 2)
+        if abs(math.log(ratio)) < nearest:
+            best, nearest = method, abs(math.log(ratio))
+        if nearest < CLOSE:
+            break
+        if ratio > 1:
+            weak, slower = strength, math.log(ratio)
+        else:
+            strong, faster = strength, math.log(ratio)
+    return best
