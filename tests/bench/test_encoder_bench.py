@@ -352,13 +352,22 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_picture_has_a_box_for_each_run() -> None:
-    picture = ET.fromstring(draw(["a", "<b>", "c", "d"], [[0, 1, 1, 2], [0, 1, 0, 2]], "title"))
+    layers = [[0, 1, 1, 2], [0, 1, 0, 2], [0, 1, 0, 2]]
+    picture = ET.fromstring(draw(["a", "<b>", "c", "d"], layers, "title"))
     boxes = [e for e in picture.iter() if e.tag == "rect"]
     words = [e.text for e in picture.iter() if e.tag == "text"]
-    assert len(boxes) == 3 + 4
     assert [float(e.get("fill-opacity") or 0) > 0.5 for e in boxes] == [False, True, False, True, False, True, False]
-    assert words[:5] == ["title", "a", "<b>", "c", "d"]
-    assert words[-1] == "4 tokens; in each layer 3, 3"
+    assert words == ["title", "a", "<b>", "c", "d", "layer 1", "1", "layers 2-3", "1", "1",
+                     "4 tokens, 3 in layer 1, 3 in layers 2-3"]  # fmt: skip
+
+
+def test_a_long_text_goes_on_below() -> None:
+    count = 100
+    picture = ET.fromstring(draw(["word"] * count, [list(range(count))], "title"))
+    boxes = [e for e in picture.iter() if e.tag == "rect"]
+    assert len(boxes) == count
+    assert len({e.get("y") for e in boxes}) > 1
+    assert max(float(e.get("x") or 0) + float(e.get("width") or 0) for e in boxes) < 1000
 
 
 # ---- speed

@@ -1,19 +1,20 @@
 """A picture of which tokens of a text were merged, layer by layer.
 
-The first line is the text's tokens. Under it a line for each layer, as its MLP sees them: tokens that are one share a
-box, or a colour where others stand between them; the number is how many they are.
+Under the text's tokens stands a line for each layer, as its MLP sees them (one for several layers that see the same):
+tokens that are one have the same number and colour, next to each other or not. Those that are alone are pale. Long
+texts go on below.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from kvpleat.bench.report.html import Html, el
 
 GREY = "#808890"  # readable on light and on dark pages
 COLOURS = ("#3572d4", "#d9822b", "#2f9e62", "#c2475a", "#8a5cc9", "#3aa0a8", "#b0892c", "#7d8b3a")
-CHAR, PAD, HIGH, GAP, LEFT, TOP = 7.2, 10.0, 20.0, 6.0, 62.0, 34.0  # pixels
-LEAST = 22.0  # width of a token
+CHAR, PAD, HIGH, GAP, LEFT, TOP = 7.4, 10.0, 20.0, 4.0, 78.0, 30.0  # pixels
+LEAST, WIDEST = 24.0, 900.0  # of a token, and of a line of them
 
 
 def draw(tokens: Sequence[str], layers: Sequence[Sequence[int]], title: str, **attributes: str) -> Html:
@@ -24,39 +25,63 @@ def draw(tokens: Sequence[str], layers: Sequence[Sequence[int]], title: str, **a
         attributes: more of the SVG's own.
     """
     wide = [max(LEAST, CHAR * len(token) + PAD) for token in tokens]
-    starts = [LEFT + sum(wide[:i]) for i in range(len(wide) + 1)]
-    parts = [_text(LEFT, 18, title, "start", bold=True)]
-    for i, token in enumerate(tokens):
-        parts.append(_text((starts[i] + starts[i + 1]) / 2, TOP + 14, token, "middle"))
-    for depth, groups in enumerate(layers):
-        y = TOP + (depth + 1) * (HIGH + GAP)
-        parts.append(_text(LEFT - 8, y + 14, f"layer {depth + 1}", "end"))
-        parts += _boxes(groups, starts, y)
-    left = [len(set(groups)) for groups in layers]
-    y = TOP + (len(layers) + 1) * (HIGH + GAP)
-    parts.append(_text(LEFT, y + 14, f"{len(tokens)} tokens; in each layer {', '.join(map(str, left))}", "start"))
-    width, height = starts[-1] + 8, y + HIGH
-    box = f"0 0 {width:.0f} {height:.0f}"
-    return el("svg", *parts, viewBox=box, role="img", style=f"max-width:{width:.0f}px", **attributes)
+    rows = _rows(layers)
+    counts = ", ".join(f"{len(set(groups))} in {name}" for name, groups in rows)
+    parts = [_text(0, 16, title, "start", bold=True, size=13)]
+    y, right = TOP, 0.0
+    for first, last in _lines(wide):
+        starts = [LEFT + sum(wide[first:i]) for i in range(first, last + 1)]
+        for i in range(first, last):
+            parts.append(_text(starts[i - first] + wide[i] / 2, y + 14, tokens[i], "middle", size=12))
+        for name, groups in rows:
+            y += HIGH + GAP
+            parts.append(_text(LEFT - 8, y + 14, name, "end", size=12))
+            parts += _boxes(groups, first, starts, y)
+        y += HIGH + 3 * GAP
+        right = max(right, starts[-1])
+    parts.append(_text(0, y + 12, f"{len(tokens)} tokens, {counts}", "start", size=12))
+    box = f"0 0 {right + 4:.0f} {y + 20:.0f}"
+    return el("svg", *parts, viewBox=box, role="img", style=f"max-width:{right + 4:.0f}px", **attributes)
 
 
-def _boxes(groups: Sequence[int], starts: Sequence[float], y: float) -> list[Html]:
-    """One box for each run of tokens of one group: pale where a token is alone, with the group's size where not."""
-    parts, place = [], 0
+def _rows(layers: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
+    """(name, groups) of each run of layers that have the same groups."""
+    found, first = [], 1
+    for groups, run in groupby(layers, key=tuple):
+        last = first + len(list(run)) - 1
+        found.append((f"layer {first}" if first == last else f"layers {first}-{last}", groups))
+        first = last + 1
+    return found
+
+
+def _lines(wide: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """(first token, one after the last) of each line."""
+    first, held = 0, 0.0
+    for i, width in enumerate(wide):
+        if held + width > WIDEST and i > first:
+            yield first, i
+            first, held = i, 0.0
+        held += width
+    yield first, len(wide)
+
+
+def _boxes(groups: Sequence[int], first: int, starts: Sequence[float], y: float) -> list[Html]:
+    """The boxes of a line that begins with a token: one for each run of tokens of one group."""
     sizes = Counter(groups)
     shared = [group for group in dict.fromkeys(groups) if sizes[group] > 1]
-    for group, run in groupby(groups):
-        count, size = len(list(run)), sizes[group]
-        x, width = starts[place] + 1.5, starts[place + count] - starts[place] - 3
-        colour = COLOURS[shared.index(group) % len(COLOURS)] if size > 1 else GREY
-        opacity = "0.85" if size > 1 else "0.15"
+    parts, place = [], 0
+    for group, run in groupby(groups[first : first + len(starts) - 1]):
+        count, number = len(list(run)), shared.index(group) if sizes[group] > 1 else None
+        x, width = starts[place] + 1, starts[place + count] - starts[place] - 2
+        colour, opacity = (GREY, "0.15") if number is None else (COLOURS[number % len(COLOURS)], "0.9")
         parts.append(el("rect", x=x, y=y, width=width, height=HIGH, rx=4, fill=colour, fill_opacity=opacity))
-        if size > 1:
-            parts.append(_text(x + width / 2, y + 14, str(size), "middle", fill="#ffffff"))
+        if number is not None:
+            parts.append(_text(x + width / 2, y + 14, str(number + 1), "middle", size=12, fill="#ffffff"))
         place += count
     return parts
 
 
-def _text(x: float, y: float, text: str, anchor: str, *, bold: bool = False, fill: str = GREY) -> Html:
-    weight = "bold" if bold else "normal"
-    return el("text", text, x=x, y=y, font_size=13, text_anchor=anchor, font_weight=weight, fill=fill)
+def _text(x: float, y: float, text: str, anchor: str, *, size: int, bold: bool = False, fill: str = GREY) -> Html:
+    weight = "bold" if bold else None
+    style = f"font-size:{size}px;font-family:system-ui,sans-serif"
+    return el("text", text, x=x, y=y, style=style, text_anchor=anchor, font_weight=weight, fill=fill)
