@@ -44,7 +44,7 @@ def draw(tokens: Sequence[str], layers: Sequence[Sequence[int]], title: str, **a
     return el("svg", *parts, viewBox=box, role="img", style=f"max-width:{right + 4:.0f}px", **attributes)
 
 
-def _rows(layers: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
+def _rows(layers: Sequence[Sequence[int]]) -> list[tuple[str, tuple[int, ...]]]:
     """(name, groups) of each run of layers that have the same groups."""
     found, first = [], 1
     for groups, run in groupby(layers, key=tuple):
