@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpleat.kernels.grouping import group, merge, taken, total, unmerge
+from kvpleat.kernels.grouping import _product, group, merge, taken, total, unmerge
 
 
 def random_groups(rows: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,8 +30,10 @@ def test_like_loops(seed: int) -> None:
     states = torch.randn(rows, tokens, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     width = int((real & (target == torch.arange(tokens))).sum(1).max()) + 2
     groups = group(target, real, width)
-    merged, summed, back = merge(groups, states, sizes), total(groups, sizes), None
+    merged, summed = merge(groups, states, sizes), total(groups, sizes)
     back = unmerge(groups.place, real, merged)
+    product = _product(groups, states, sizes)  # what a GPU does
+    torch.testing.assert_close(product, merged * summed[..., None])
     for row in range(rows):
         leaders = [t for t in range(tokens) if real[row, t] and target[row, t] == t]
         assert groups.real[row].tolist() == [i < len(leaders) for i in range(width)]
@@ -41,7 +43,7 @@ def test_like_loops(seed: int) -> None:
             torch.testing.assert_close(merged[row, i], want)
             assert summed[row, i] == sum(sizes[row, t] for t in members)
             assert groups.stays[row, i] == leader
-            assert torch.equal(taken(groups, states)[row, i], states[row, leader])
+            assert taken(groups, sizes)[row, i] == sizes[row, leader]
             assert all(torch.equal(back[row, t], merged[row, i]) for t in members)
         assert (merged[row, len(leaders) :] == 0).all()
         assert (back[row, ~real[row]] == 0).all()

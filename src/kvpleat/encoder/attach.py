@@ -20,9 +20,11 @@ from kvpleat.encoder import attention, calls
 from kvpleat.encoder.attention import IMPLEMENTATION
 from kvpleat.encoder.calls import Call, Trace
 from kvpleat.encoder.families import Encoder, describe
-from kvpleat.errors import AttachError, CacheError
+from kvpleat.errors import AttachError, CacheError, UnsupportedError
+from kvpleat.hf import adapters
 from kvpleat.kernels.grouping import unmerge
 from kvpleat.policies.encoder import EncoderMerge
+from kvpleat.policies.lora import LoraWeights
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, MergedEncoder]" = weakref.WeakKeyDictionary()
 
@@ -84,6 +86,9 @@ class MergedEncoder:
         AttentionInterface.register(IMPLEMENTATION, attention.attention_forward)
         AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
         try:
+            lora = self.policy.adapter()
+            if lora is not None:
+                self._handles.append(_Merged(base, lora))
             base.set_attn_implementation(IMPLEMENTATION)
             self._register()
         except BaseException:
@@ -119,7 +124,7 @@ class MergedEncoder:
 
     def _register(self) -> None:
         base, family = self.encoder.base, self.encoder.family
-        self._handles = [_Shadow(base, self._wrapped(base.forward))]
+        self._handles += [_Shadow(base, self._wrapped(base.forward))]
         for index, layer in enumerate(self.encoder.layers):
             longer = family.keys_from_longer
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(index, longer), with_kwargs=True))
@@ -156,6 +161,18 @@ class _Shadow:
         del self.base.forward
         if self.own is not None:
             self.base.forward = self.own
+
+
+class _Merged:
+    """A LoRA in the weights of a base model, which `remove` takes out again."""
+
+    def __init__(self, base: Any, lora: LoraWeights) -> None:
+        if base.training:
+            raise UnsupportedError(
+                "The model is in training mode, and a LoRA that is merged into its weights would hide them from the "
+                "optimizer. Call model.eval(), or leave `lora` out."
+            )
+        self.remove = adapters.merge(base, lora).undo
 
 
 def _unmerged(call: Call, output: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvpleat.encoder.families import Encoder, special_tokens
 from kvpleat.encoder.tokens import Tokens, shorten
 from kvpleat.errors import UnsupportedError
+from kvpleat.kernels.grouping import picked
 from kvpleat.policies.encoder import EncoderMerge
 
 NORM_POWER = 2  # importance before the first layer: the norm of the word embedding to this power
@@ -101,8 +102,7 @@ class Call:
 
     def rotations(self, table: Tensor) -> Tensor:
         """[1 or B, T, D] -> [B, W, D]: rotary embeddings of the tokens that are left, each where it stood."""
-        index = self.tokens.position[..., None].expand(-1, -1, table.shape[-1])
-        return table.expand(index.shape[0], -1, -1).gather(1, index)
+        return picked(table.expand(self.real.shape[0], -1, -1), self.tokens.position)
 
     @property
     def trace(self) -> Trace:

@@ -6,14 +6,17 @@ be told apart; see docs/log.md for what merging later costs.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvpleat.errors import OptionError
+from kvpleat.kernels.grouping import picked
 from kvpleat.policies.budget import check_at_least, check_ratio
+from kvpleat.policies.gates import SHIPPED
+from kvpleat.policies.lora import LoraWeights
 
 WHAT = ("tokens", "kv")
 PER_ROUND = 0.5  # share of those that could join which do so in one round: the next one pairs the others anew
@@ -72,6 +75,8 @@ class EncoderMerge:
         distance: cost of the whole row between two tokens, where two unlike states cost 1.
         protect: token ids that never merge, beside a row's first and last token and their like and the special ids
             that the model's config names.
+        lora: a LoRA that was trained under merging (`python -m kvpleat.encoder.distill`), merged into the weights while
+            the policy is attached: a name of those that come with kvpleat, or a folder. Empty: the model's own weights.
     """
 
     ratio: float | None = None
@@ -81,6 +86,7 @@ class EncoderMerge:
     floor: int = 16
     distance: float = 0.02
     protect: tuple[int, ...] = ()
+    lora: str = ""
 
     name: ClassVar[str] = "encoder"
     summary: ClassVar[str] = "merges an encoder's tokens that resemble others, and undoes it at the end"
@@ -107,6 +113,13 @@ class EncoderMerge:
     def changes_nothing(self) -> bool:
         """Whether this is the full model."""
         return self.ratio == 1.0
+
+    def adapter(self) -> LoraWeights | None:
+        """The LoRA, read from its folder. Raises ModelError where there is none."""
+        if not self.lora:
+            return None
+        folder = SHIPPED / self.lora
+        return LoraWeights.load(folder if folder.is_dir() else Path(self.lora).expanduser())
 
     def shares(self, num_layers: int) -> list[float]:
         """s(l) for each layer: tokens that enter it over tokens of the row, under the ratio contract."""
@@ -163,10 +176,9 @@ class EncoderMerge:
     def _costs(self, row: Row, joiners: Tensor, others: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """[B, A] the least cost of joining, and [B, A] which of the others it is to."""
         wide = torch.promote_types(row.states.dtype, torch.float32)
-        states = F.normalize(row.states.to(wide), dim=-1)
-        channels = states.shape[-1]
-        left = states.gather(1, joiners[..., None].expand(-1, -1, channels))
-        right = states.gather(1, others[..., None].expand(-1, -1, channels))
+        states = row.states.to(wide)
+        inverse = 1.0 / states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        left, right = (picked(states, index) * picked(inverse, index) for index in (joiners, others))
         tokens = (row.free.sum(1) + 1).to(wide)[:, None, None]
         away = row.position.gather(1, others)[:, None] - row.position.gather(1, joiners)[..., None]
         # A quarter of a token more to the right, so that two equal tokens equally far are no tie.

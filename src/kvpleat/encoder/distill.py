@@ -1,0 +1,196 @@
+"""Teach an encoder to live with merged tokens: a LoRA, distilled from the model itself on any texts.
+
+    python -m kvpleat.encoder.distill --model FOLDER --texts train.jsonl --out FOLDER
+
+The student is the model under EncoderMerge, at a ratio drawn anew for each batch; the teacher is the model. Learned are
+low-rank changes of all linear layers of the encoder. Which tokens merge is not learned: knowing their true importance
+would bring little (docs/log.md).
+"""
+
+import argparse
+import copy
+import json
+import lzma
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvpleat.encoder.attach import MergedEncoder
+from kvpleat.encoder.families import describe
+from kvpleat.policies.encoder import EncoderMerge
+from kvpleat.policies.lora import LoraWeights
+
+TOKEN_WEIGHT = 0.1  # of the single tokens' states beside the text's mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to distil.
+
+    Args:
+        ratios: of EncoderMerge, one drawn for each batch.
+        rank: of the LoRA. rate: largest learning rate, reached after a twentieth of the steps and zero at the end.
+        steps: batches. batch: texts of one. shortest, longest: tokens of a text; each batch has texts of one length. Some
+            are too short to merge at all, so that the LoRA leaves those as they are.
+        seed: of everything drawn.
+    """
+
+    ratios: tuple[float, ...] = (2.0, 2.6, 4.0)
+    rank: int = 32
+    rate: float = 1e-3
+    steps: int = 4000
+    batch: int = 64
+    shortest: int = 10
+    longest: int = 400
+    seed: int = 0
+
+
+class Change(nn.Module):
+    """The LoRA while it learns: added to what each linear layer puts out."""
+
+    def __init__(self, base: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.names, self.rank = [], rank
+        self.downs, self.ups = nn.ParameterList(), nn.ParameterList()
+        self.handles: list[Any] = []
+        for layer, name in _linear_layers(base):
+            a = torch.randn(rank, layer.in_features, device=layer.weight.device) / math.sqrt(layer.in_features)
+            self.names.append(name)
+            self.downs.append(nn.Parameter(a))
+            self.ups.append(nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device)))
+            self.handles.append(layer.register_forward_hook(self._hook(len(self.names) - 1)))
+
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def changed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return output + F.linear(F.linear(args[0], self.downs[index]), self.ups[index])
+
+        return changed
+
+    def take_off(self) -> LoraWeights:
+        """Remove the hooks and return what was learned."""
+        for handle in self.handles:
+            handle.remove()
+        pairs = zip(self.names, self.downs, self.ups, strict=True)
+        return LoraWeights(self.rank, self.rank, {name: (a.detach(), b.detach()) for name, a, b in pairs})
+
+
+def _linear_layers(base: nn.Module) -> list[tuple[nn.Linear, str]]:
+    layers = describe(base).family.layers
+    return [(m, name) for name, m in base.named_modules() if type(m) is nn.Linear and name.startswith(layers + ".")]
+
+
+def distill(
+    base: Any, stream: Tensor, frame: tuple[int, int], recipe: Recipe, say: Callable[[str], None]
+) -> LoraWeights:
+    """A LoRA for `base`, the model without its head, whose module names it bears.
+
+    Args:
+        base: the encoder, in eval mode; left as it was.
+        stream: [N] int64, the tokens of many texts one after the other.
+        frame: the special tokens before and after a text.
+        recipe: how. say: takes a line about every hundredth part of the steps.
+    """
+    torch.manual_seed(recipe.seed)
+    device = next(base.parameters()).device
+    draw = torch.Generator().manual_seed(recipe.seed)
+    teacher = copy.deepcopy(base).requires_grad_(False)
+    was = {p: p.requires_grad for p in base.parameters()}
+    base.requires_grad_(False)
+    change = Change(base, recipe.rank)
+    optimizer = torch.optim.AdamW(change.parameters(), lr=recipe.rate, weight_decay=0.0)
+    begun, near = time.perf_counter(), torch.zeros((), device=device)
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate * min(1.0, 20 * (step + 1) / recipe.steps, 1.02 * (1 - step / recipe.steps))
+        ids = _texts(stream, frame, recipe, draw).to(device)
+        ratio = recipe.ratios[int(torch.randint(len(recipe.ratios), (), generator=draw))]
+        with torch.no_grad():
+            want = teacher(input_ids=ids).last_hidden_state
+        with MergedEncoder(base, EncoderMerge(ratio=ratio)):
+            loss, cosine = _loss(base(input_ids=ids).last_hidden_state, want)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(change.parameters(), 1.0)
+        optimizer.step()
+        near = torch.lerp(near, cosine, 0.02 if step else 1.0)
+        if step % max(1, recipe.steps // 100) == 0:
+            say(f"step {step}  cosine of texts {float(near):.4f}  {time.perf_counter() - begun:.0f} s")
+    for parameter, needs in was.items():
+        parameter.requires_grad_(needs)
+    return change.take_off()
+
+
+def _loss(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch [B, T, C], and the mean cosine of its texts."""
+    text, aim = F.normalize(got.mean(1), dim=-1), F.normalize(want.mean(1), dim=-1)
+    cosine = (text * aim).sum(-1).mean()
+    among = (text @ aim.T - aim @ aim.T).square().mean()
+    tokens = F.cosine_similarity(got, want, dim=-1).mean()
+    return 1 - cosine + among + TOKEN_WEIGHT * (1 - tokens), cosine.detach()
+
+
+def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.Generator) -> Tensor:
+    """[batch, T] ids of pieces of the stream, in their frame; T is drawn evenly on a square-root scale."""
+    low, high = math.sqrt(recipe.shortest), math.sqrt(recipe.longest)
+    inside = int((low + (high - low) * float(torch.rand((), generator=draw))) ** 2) - 2
+    start = torch.randint(len(stream) - inside, (recipe.batch, 1), generator=draw)
+    pieces = stream[start + torch.arange(inside)]
+    before, after = (torch.full((recipe.batch, 1), token) for token in frame)
+    return torch.cat((before, pieces, after), dim=1)
+
+
+def read_texts(path: Path, most: int) -> list[str]:
+    """Texts of a JSONL file (.xz or not), at most about `most` characters of each `source`."""
+    taken: Counter[str] = Counter()
+    texts = []
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            source = row.get("source", "")
+            if taken[source] < most:
+                taken[source] += len(row["text"])
+                texts.append(row["text"])
+    return texts
+
+
+def main() -> None:
+    """The command line."""
+    from transformers import AutoModel, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description="Distil a LoRA for an encoder whose tokens merge.")
+    parser.add_argument("--model", required=True, help="folder or hub name")
+    parser.add_argument(
+        "--texts", required=True, type=Path, help="JSONL, perhaps .xz, with `text` and perhaps `source`"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder for the LoRA")
+    parser.add_argument("--most", type=int, default=4_000_000, help="characters of one source")
+    for name, value in vars(Recipe()).items():
+        kind: Any = float if name in ("ratios", "rate") else int
+        parser.add_argument(f"--{name}", type=kind, nargs="+" if name == "ratios" else None, default=value)
+    given = parser.parse_args()
+    recipe = Recipe(
+        **{name: getattr(given, name) for name in vars(Recipe()) if name != "ratios"}, ratios=tuple(given.ratios)
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    model = AutoModel.from_pretrained(given.model, dtype=torch.float32).to(device).eval()
+    first, *_, last = tokenizer("").input_ids
+    pieces = tokenizer(read_texts(given.texts, given.most), add_special_tokens=False, verbose=False).input_ids
+    stream = torch.tensor([token for piece in pieces for token in piece])
+    print(f"{len(stream):,} tokens of {len(pieces):,} texts", flush=True)
+    lora = distill(model.base_model, stream, (first, last), recipe, lambda line: print(line, flush=True))
+    given.out.mkdir(parents=True, exist_ok=True)
+    lora.save(given.out)
+
+
+if __name__ == "__main__":
+    main()

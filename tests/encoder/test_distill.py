@@ -1,0 +1,72 @@
+"""Distilling a LoRA for merged tokens, on a tiny encoder; and serving it."""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvpleat import compress
+from kvpleat.encoder.distill import Recipe, distill, read_texts
+from kvpleat.errors import ModelError, UnsupportedError
+from kvpleat.policies import EncoderMerge
+from tests.encoder.models import FIRST, LAST, VOCAB, texts, tiny
+
+
+def test_it_brings_the_student_nearer(tmp_path: Path) -> None:
+    """Half the loss is gone on texts it has not seen; the model is as it was; served from a folder it is what was
+    trained; and detaching takes it out."""
+    model = tiny("bert", initializer_range=0.1).float()
+    generator = torch.Generator().manual_seed(0)
+    stream = 5 + (torch.rand(4000, generator=generator) ** 2 * (VOCAB - 6)).long()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    recipe = Recipe(ratios=(3.0,), rank=8, rate=5e-3, steps=80, batch=16, shortest=30, longest=60)
+    lora = distill(model, stream, (FIRST, LAST), recipe, lambda line: None)
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+    lora.save(tmp_path)
+
+    ids, _ = texts([50] * 8, seed=4)
+    errors = {}
+    with torch.no_grad():
+        full = model(ids).last_hidden_state.mean(1)
+        for name in ("", str(tmp_path)):
+            with compress(model, EncoderMerge(ratio=3.0, lora=name)):
+                got = model(ids).last_hidden_state.mean(1)
+            errors[name] = float((1 - F.cosine_similarity(got, full, dim=-1)).mean())
+    assert errors[str(tmp_path)] < 0.5 * errors[""]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_what_cannot_be() -> None:
+    """A folder without a LoRA; a model in training mode."""
+    model, policy = tiny("bert"), EncoderMerge(ratio=2.0, lora="nowhere")
+    with pytest.raises(ModelError, match="nowhere"), compress(model, policy):
+        pass
+    assert "forward" not in vars(model)
+
+
+def test_a_lora_hides_weights_from_an_optimizer(tmp_path: Path) -> None:
+    """So training mode is refused."""
+    model = tiny("bert")
+    recipe = Recipe(rank=2, steps=1, batch=2, shortest=20, longest=30)
+    distill(model.float(), torch.arange(5, 90), (FIRST, LAST), recipe, lambda line: None).save(tmp_path)
+    model.train()
+    with (
+        pytest.raises(UnsupportedError, match="training mode"),
+        compress(model, EncoderMerge(ratio=2.0, lora=str(tmp_path))),
+    ):
+        pass
+    assert model.config._attn_implementation != "kvpleat_encoder"
+
+
+def test_texts_of_a_file(tmp_path: Path) -> None:
+    """Plain and .xz, at most so many characters of a source."""
+    rows = [{"source": "a", "text": "x" * 60}, {"source": "a", "text": "y" * 60}, {"source": "a", "text": "z"}]
+    rows += [{"text": "no source"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "t.jsonl").write_text(lines)
+    (tmp_path / "t.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    for name in ("t.jsonl", "t.jsonl.xz"):
+        assert [t[0] for t in read_texts(tmp_path / name, 100)] == ["x", "y", "n"]
