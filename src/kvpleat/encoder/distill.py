@@ -38,8 +38,8 @@ class Recipe:
     Args:
         ratios: of EncoderMerge, one drawn for each batch.
         rank: of the LoRA. rate: largest learning rate, reached after a twentieth of the steps and zero at the end.
-        steps: batches. batch: texts of one. shortest, longest: tokens of a text; each batch has texts of one length. Some
-            are too short to merge at all, so that the LoRA leaves those as they are.
+        steps: batches. batch: texts of one. shortest, longest: tokens of a text; each batch has texts of one length.
+            Some are too short to merge at all, so that the LoRA leaves those as they are.
         seed: of everything drawn.
     """
 
