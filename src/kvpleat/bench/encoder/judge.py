@@ -53,7 +53,7 @@ def judge(
     texts, batch = asked.retrieval.texts, asked.batch
     with entrants(loaded, methods) as chosen:
         say(f"{len(texts)} texts by {len(methods)} methods in turns")
-        encoded = in_turns(loaded, chosen, texts, batch, passes=asked.passes)
+        encoded = in_turns(loaded, chosen, texts, batch, passes=asked.passes, say=say)
         asking = [
             embed(loaded, entrant.method.cut(asked.retrieval.questions), model=entrant.model, normalize=True)
             for entrant in chosen

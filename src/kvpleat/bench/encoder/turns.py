@@ -60,13 +60,13 @@ def in_turns(
     *,
     pooling: str = "mean",
     passes: int = 1,
-    say: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda words: None,
 ) -> list[Encoded]:
     """Encode texts by every method, one batch each in turns, another one first every time.
 
     Args:
         rows: tokens of each text. size: texts of a batch. passes: how often everything is encoded.
-        say: called after each batch of each method.
+        say: told each tenth of the way.
 
     Returns:
         One for each of `chosen`. Batches hold the same texts for all; the longest is encoded once more before, untimed.
@@ -87,7 +87,8 @@ def in_turns(
             if timed:
                 found[i].seconds.append(seconds)
                 found[i].vectors[places] = vectors.cpu()
-            say()
+        if 10 * turn // len(plan) != 10 * (turn + 1) // len(plan):
+            say(f"{(turn + 1) / len(plan):.0%} of the texts")
     return found
 
 
