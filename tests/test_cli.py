@@ -262,7 +262,17 @@ def test_flags_are_a_decision() -> None:
         | {"--weights", "--lm-eval", "--lm-eval-path", "--quick", "--shard", "--list"},
         "bench": run | {"--batch", "--context", "--steps", "--warmup", "--repeats"},
         "report": {"files", "--out", "--markdown"},
-        "encode": {"file", "--model", "--policy", "--ratio", "--coverage", "--pooling", "--normalize", "--batch"}
+        "encode": {
+            "file",
+            "--model",
+            "--policy",
+            "--ratio",
+            "--coverage",
+            "--lora",
+            "--pooling",
+            "--normalize",
+            "--batch",
+        }
         | {"--out", "--dtype", "--device", "--trust-remote-code"},
         "retrofit": {"--model", "--data", "--held-out", "--held-out-rows", "--text-field", "--out", "--json"}
         | {"--method", "--ratio", "--train", "--steps", "--tokens", "--rows", "--length", "--delay", "--rate"}

@@ -13,6 +13,7 @@ from kvpleat import compress, policies
 from kvpleat.cli import app
 from kvpleat.hf.embed import embed, tokenize
 from kvpleat.hf.models import load_encoder
+from kvpleat.policies.lora import LoraWeights
 from tests import encoders
 
 LINES = ["w1 w2 w3", "", "w9 w8 w7 w6 w5 w4 w3 w2 w1 w0 " * 4, "w5"]
@@ -59,6 +60,20 @@ def test_merged_tokens(folder: Path, batch: str) -> None:
     torch.testing.assert_close(vectors(encode(folder, "--ratio", "1")), full)
 
 
+def test_a_lora_from_a_folder(folder: Path, tmp_path: Path) -> None:
+    name = "encoder.layer.1.output.dense"
+    (tmp_path / "lora").mkdir()
+    up = torch.cat([torch.ones(16, 2), torch.zeros(16, 2)])
+    LoraWeights(2, 2.0, {name: (torch.ones(2, 48), up)}).save(tmp_path / "lora")
+    got = vectors(encode(folder, "--ratio", "2.5", "--lora", str(tmp_path / "lora")))
+    loaded = load_encoder(str(folder), device="cpu", progress=False)
+    with torch.no_grad():
+        loaded.model.get_submodule(name).weight[:16] += 2.0
+    short = [0, 1, 3]  # lines that nothing merges in
+    assert not torch.allclose(got[short], known(folder)[short], atol=1e-3)
+    torch.testing.assert_close(got[short], embed(loaded, tokenize(loaded, LINES))[short])
+
+
 def test_files_by_their_ending(folder: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.write_bytes("\r\n".join(LINES).encode())  # no newline at the end, and those of Windows
@@ -92,6 +107,8 @@ def test_long_texts_are_cut_and_it_says_so(folder: Path) -> None:
         (["--policy", "full", "--ratio", "2"], "--policy full merges nothing"),
         (["--ratio", "2", "--coverage", "0.9"], "both say how much to merge"),
         (["--ratio", "0.5"], "0.5"),
+        (["--policy", "full", "--lora", "x"], "so --lora means nothing"),
+        (["--lora", "/nowhere"], "/nowhere"),
         (["--pooling", "max"], "--pooling max: there are mean and cls."),
         (["--out", "vectors.txt"], "it is none of .jsonl, .npy, .safetensors"),
         (["nowhere.txt"], "nowhere.txt cannot be read"),

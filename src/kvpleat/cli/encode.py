@@ -36,6 +36,10 @@ def encode(
         float | None, typer.Option(help="Times fewer tokens in the layers, such as 2.6 (default: 2).")
     ] = None,
     coverage: Annotated[float | None, typer.Option(help="Merge what is alike enough, instead of a ratio.")] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(help="A LoRA that was trained under merging: a folder, or a name that comes with kvpleat."),
+    ] = None,
     pooling: Annotated[str, typer.Option(help="mean over the tokens, or cls: the first one.")] = "mean",
     normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Texts of a forward.")] = 32,
@@ -47,7 +51,7 @@ def encode(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Embed lines of text: a vector for each, in their order. An empty line is a text, too."""
-    on = _policy(policy, ratio, coverage)
+    on = _policy(policy, {"ratio": ratio, "coverage": coverage, "lora": lora})
     if pooling not in POOLINGS:
         raise OptionError(f"--pooling {pooling}: there are {' and '.join(POOLINGS)}.")
     if out is not None and out.suffix not in SUFFIXES:
@@ -71,9 +75,8 @@ def encode(
     log.print(f"{len(rows):,} texts, {tokens:,} tokens in {seconds:.1f} s: {len(rows) / seconds:,.1f} texts/s")
 
 
-def _policy(name: str, ratio: float | None, coverage: float | None) -> Any:
+def _policy(name: str, given: dict[str, Any]) -> Any:
     """What puts the policy on a model."""
-    given: dict[str, Any] = {"ratio": ratio, "coverage": coverage}
     given = {key: value for key, value in given.items() if value is not None}
     if name == "full":
         if given:
@@ -81,9 +84,10 @@ def _policy(name: str, ratio: float | None, coverage: float | None) -> Any:
         return nullcontext
     if name != "merge":
         raise OptionError(f"--policy {name}: there is no such policy for encoders. Known: {', '.join(POLICIES)}.")
-    if len(given) == 2:
-        raise OptionError(f"--ratio {ratio} and --coverage {coverage} both say how much to merge. Pass one of them.")
-    chosen = policies.EncoderMerge(**(given or {"ratio": DEFAULT_RATIO}))
+    if {"ratio", "coverage"} <= set(given):
+        both = f"--ratio {given['ratio']:g} and --coverage {given['coverage']:g}"
+        raise OptionError(f"{both} both say how much to merge. Pass one of them.")
+    chosen = policies.EncoderMerge(**({} if "coverage" in given else {"ratio": DEFAULT_RATIO}) | given)
 
     def on(model: Any) -> AbstractContextManager[Any]:
         return compress(model, chosen)

@@ -41,7 +41,7 @@ class Asked:
     labels: list[str] = field(default_factory=list)
     batch: int = 16
     passes: int = 1
-    watched: int = 64
+    watched: int = 32
     memory: bool = True
     sentence: str = SENTENCE
 
