@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from kvpleat.bench.engine_models import policy_for, profile
 from kvpleat.bench.engine_report import Bench, Column
@@ -148,25 +149,39 @@ def together(came: Sequence[Sequence[float]]) -> float | None:
 # ---- its peers
 
 
+class Clock(BaseStreamer):  # type: ignore[misc]  # untyped
+    """When each token of generate() came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """A token of every row, on the host."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left over."""
+
+
 def _beside(bench: Bench, model: Any, peer: Peer, prompts: Prompts, ours: Times | None) -> dict[str, Any]:
     return _record(bench, len(prompts), len(prompts[0]), peer(bench, model, prompts, _answer(bench)), ours)
 
 
 def _generate(bench: Bench, model: Any, prompts: Prompts, answer: int, **options: Any) -> Times:
-    """generate(), whose rows go in step: an answer of one token is the time until all decode."""
+    """generate(), whose rows go in step; the same call first, since a static cache of another length is compiled anew."""
     ids = torch.tensor(prompts, device=bench.device)
     if ids.numel() > TOKENS_AT_ONCE and "cache_implementation" not in options:
         options["prefill_chunk_size"] = TOKENS_AT_ONCE // ids.shape[0]
 
-    def run(count: int) -> float:
-        config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0, **options)
+    def run() -> list[float]:
+        clock, config = Clock(), GenerationConfig(max_new_tokens=answer, do_sample=False, pad_token_id=0, **options)
         start = bench.now()
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return bench.now() - start
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=clock)
+        return [each - start for each in [*clock.times[1:], bench.now()]]  # the first time is that of the prompt
 
     try:
-        run(min(6, answer))  # compiles, and captures graphs
-        first, whole = run(1), run(answer)
+        run()
+        first, *_, whole = run()
     finally:
         if model.__dict__.pop("_compiled_call", None) is not None:  # or its graphs would stay
             torch._dynamo.reset()

@@ -18,7 +18,7 @@ from kvpleat.hf.families import describe
 SHAPE = "llama-3.2-1b"
 REQUESTS, PROMPTS, ANSWERS = 512, (256, 16_384), (32, 512)
 MEMORY = 5 * 2**29
-SEATS, STEP_TOKENS = 192, 2048
+SEATS = 192
 TRIED = 128  # requests that come at once, to see how many a second ratio 1 can take
 BEYOND = 1.5  # times as many come
 
@@ -106,7 +106,7 @@ class Service:
         stays = profile(ratio, 96 if tiny else self.bench.tokens, shape.num_layers, shape.num_kv_heads)
         seats, length = 8 if tiny else SEATS, self.prompts[1] + self.answers[1]
         policy = policy_for(self.model, stays)
-        return new_core(self.bench, self.model, policy, self.memory, seats, length, max_num_batched_tokens=STEP_TOKENS)
+        return new_core(self.bench, self.model, policy, self.memory, seats, length)
 
 
 def run(core: Any, load: Workload) -> dict[str, Any]:
