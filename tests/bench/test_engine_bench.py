@@ -315,4 +315,4 @@ def test_only_parts_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--tiny", "--only", "step,nothing"], [] if not torch.cuda.is_available() else ["--only", "x"]):
         with pytest.raises(SystemExit):
             engine.main(arguments)
-    assert "there are step, throughput" in capsys.readouterr().err
+    assert "there are host, step, throughput" in capsys.readouterr().err

@@ -168,7 +168,7 @@ def _beside(bench: Bench, model: Any, peer: Peer, prompts: Prompts, ours: Times 
 
 
 def _generate(bench: Bench, model: Any, prompts: Prompts, answer: int, **options: Any) -> Times:
-    """generate(), whose rows go in step; the same call first, since a static cache of another length is compiled anew."""
+    """generate(), whose rows go in step. The same call goes first: for another length caches are compiled anew."""
     ids = torch.tensor(prompts, device=bench.device)
     if ids.numel() > TOKENS_AT_ONCE and "cache_implementation" not in options:
         options["prefill_chunk_size"] = TOKENS_AT_ONCE // ids.shape[0]
