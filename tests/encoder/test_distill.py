@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from kvpleat import compress
-from kvpleat.encoder.distill import Recipe, distill, read_texts
+from kvpleat.encoder.distill import Recipe, distill, main, read_texts
 from kvpleat.errors import ModelError, UnsupportedError
 from kvpleat.policies import EncoderMerge
 from tests.encoder.models import FIRST, LAST, VOCAB, texts, tiny
@@ -59,6 +64,29 @@ def test_a_lora_hides_weights_from_an_optimizer(tmp_path: Path) -> None:
     ):
         pass
     assert model.config._attn_implementation != "kvpleat_encoder"
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a folder with a model and texts to a folder with a LoRA that can be served, and a card."""
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60))]
+    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    raw.post_processor = TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]").save_pretrained(tmp_path / "model")
+    tiny("bert").float().save_pretrained(tmp_path / "model")
+    row = {"text": " ".join(f"w{i * i % 60}" for i in range(300))}
+    (tmp_path / "texts.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "out"
+    options = ["--steps", "2", "--batch", "2", "--longest", "40", "--rank", "3", "--ratios", "2", "3"]
+    paths = ["--model", str(tmp_path / "model"), "--texts", str(tmp_path / "texts.jsonl"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["distill", *paths, *options])
+    main()
+    assert "300 tokens of 1 texts" in capsys.readouterr().out
+    assert "4 pieces of texts of 300 tokens" in (out / "README.md").read_text()
+    lora = EncoderMerge(ratio=2.0, lora=str(out)).adapter()
+    assert lora is not None
+    assert lora.rank == 3
+    assert len(lora.pairs) == 3 * 6
 
 
 def test_texts_of_a_file(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def main() -> None:
         **{name: getattr(given, name) for name in vars(Recipe()) if name != "ratios"}, ratios=tuple(given.ratios)
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModel.from_pretrained(given.model, dtype=torch.float32).to(device).eval()
     first, *_, last = tokenizer("").input_ids
@@ -190,6 +191,18 @@ def main() -> None:
     lora = distill(model.base_model, stream, (first, last), recipe, lambda line: print(line, flush=True))
     given.out.mkdir(parents=True, exist_ok=True)
     lora.save(given.out)
+    (given.out / "README.md").write_text(_card(Path(given.model).name, device, recipe, len(stream)), encoding="utf-8")
+
+
+def _card(model: str, device: str, recipe: Recipe, tokens: int) -> str:
+    """What a reader of the folder must know."""
+    drawn = recipe.steps * recipe.batch
+    rows = "".join(f"| {name} | {value} |\n" for name, value in vars(recipe).items())
+    return (
+        f'# A LoRA for {model} under EncoderMerge\n\nkvpleat.policies.EncoderMerge(ratio=..., lora="FOLDER") merges it '
+        f"into the weights while it is attached.\n\nDistilled by kvpleat.encoder.distill on {device}: {drawn:,} pieces "
+        f"of texts of {tokens:,} tokens, the model itself as teacher.\n\n| | |\n|---|---|\n{rows}"
+    )
 
 
 if __name__ == "__main__":
