@@ -1,7 +1,8 @@
 """Peak activation memory of a method, in a fresh process: what the process grows by at most during one forward.
 
-As in `kvpleat.bench.memory`: anonymous and other pages on a CPU (Linux), torch's allocator on a GPU. A small forward
-before it touches the weights and makes what libraries allocate once.
+As in `kvpleat.bench.memory`: pages of the process on a CPU (Linux), torch's allocator on a GPU. Before it all weights
+are read, since a file's pages count once they were (20 MiB of MiniLM's embeddings would), and a small forward makes
+what libraries allocate once.
 """
 
 from typing import Any
@@ -36,6 +37,8 @@ def _measure(request: dict[str, Any]) -> dict[str, int]:
     method, device = parse(request["spec"]), loaded.model.device
     rows = method.cut(request["rows"])
     found = {}
+    for weight in loaded.model.parameters():
+        weight.sum()
     with method.on(loaded.model):
         for places in (list(range(min(WARM, len(rows)))), list(range(len(rows)))):
             batch = batch_of(rows, places, pad_of(loaded), device)
