@@ -200,6 +200,8 @@ def test_retrieval_finds_the_text_that_holds_the_paragraph(loaded: LoadedModel, 
         found = texts.retrieval(loaded, file, form)
         for question, right in zip(found.questions, found.right, strict=True):
             assert question[1] in found.texts[right]
+    assert texts.retrieval(loaded, file, "joined").begins == [False, False, False]
+    assert texts.retrieval(loaded, file, "paragraphs").begins == [True, True, True]
     assert len(texts.retrieval(loaded, file, "paragraphs").texts) == 30
     assert len(texts.retrieval(loaded, file, "paragraphs", limit=12).right) == 2
     with pytest.raises(OptionError, match="asks about none of its first 2"):
@@ -244,7 +246,8 @@ def test_fidelity_of_the_full_model_and_of_half_a_text(loaded: LoadedModel) -> N
 
 def test_figures_are_paired() -> None:
     full = {"method": "full", "label": "full model", "texts": 8, "seconds": [2.0, 4.0], "ranks": [1, 1, 2, 1],
-            "ranks_full_questions": [1, 1, 2, 1], "sentiment": [1, 0], "cosines": [[1.0, 1.0, 1.0]], "cosines_long": [],
+            "ranks_full_questions": [1, 1, 2, 1], "begins": [True, False, False, False],
+            "sentiment": [1, 0], "cosines": [[1.0, 1.0, 1.0]], "cosines_long": [],
             "peak_bytes": 1000}  # fmt: skip
     half = {**full, "method": "x", "label": "x", "seconds": [1.0, 2.0], "ranks": [1, 4, 11, 1], "peak_bytes": 400}
     a, b = figures.figures([half, full])
@@ -253,6 +256,7 @@ def test_figures_are_paired() -> None:
     assert (b.recall.value, b.kept.value, b.change.value) == (0.5, pytest.approx(2 / 3), -0.25)
     assert (b.recall_top, b.mrr, b.memory) == (0.75, pytest.approx((1 + 1 / 4 + 1 / 11 + 1) / 4), 2.5)
     assert (b.cosine, b.cosine_long) == (1.0, None)
+    assert (b.recall_begins, b.recall_later) == (1.0, pytest.approx(1 / 3))
 
 
 # ---- all of it

@@ -36,12 +36,12 @@ from kvpleat.retrofit.flops import matmul_rate
 
 POLICIES = "merge:ratio=2|2.6|3.8"
 WIDTH = 200  # of the table, also where stdout is no terminal
-HEADS = ["method", "texts/s", "x full", "R@1", "of full's", "R@10", "MRR", "full questions", "probe", "cosine", "5%"]
-HEADS += ["long", "peak", "x less"]
-READ = (
-    "full questions: R@1 where questions are encoded by the full model. cosine: of tokens to the full model's, mean,\n"
-)
-READ += "5% quantile, and mean over the longest texts. peak: of activations, one batch of the longest texts."
+HEADS = ["method", "texts/s", "x full", "R@1", "of full's", "R@10", "MRR", "first", "later", "full q.", "probe"]
+HEADS += ["cosine", "5%", "long", "peak", "x less"]
+READ = """
+first, later: R@1 of questions about a text's first paragraph, and about the others. full q.: R@1 where questions are
+encoded by the full model. cosine: of tokens to the full model's, mean, 5% quantile, and mean over the longest texts.
+peak: of activations, one batch of the longest texts."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +110,7 @@ def _table(found: Sequence[Figures]) -> Table:
             _interval(f.kept, "{:.1%}"),
             f"{f.recall_top:.1%}",
             f"{f.mrr:.3f}",
-            f"{f.recall_full_questions:.1%}",
+            *("" if x is None else f"{x:.1%}" for x in (f.recall_begins, f.recall_later, f.recall_full_questions)),
             _interval(f.accuracy, "{:.1%}") if f.accuracy else "",
             *("" if x is None else f"{x:.3f}" for x in (f.cosine, f.low, f.cosine_long)),
             human_bytes(f.peak_bytes) if f.peak_bytes else "",

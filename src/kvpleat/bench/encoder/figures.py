@@ -24,7 +24,8 @@ class Figures:
         texts_per_s: of all timed batches.
         speed: the full model's time over this one's, over batches.
         recall: R@1; `kept` is it over the full model's; `change` the difference. recall_top: R@TOP. mrr: mean
-            reciprocal rank. recall_full_questions: R@1 where questions are encoded by the full model.
+            reciprocal rank. recall_full_questions: R@1 where questions are encoded by the full model. recall_begins,
+        recall_later: R@1 of questions about a text's first paragraph, and about the others.
         accuracy, accuracy_change: of the sentiment probe.
         cosine, low: of tokens of the texts, mean and 5% quantile; cosine_long: of texts as long as the model takes.
         peak_bytes: activations of one batch. memory: the full model's over this.
@@ -40,6 +41,8 @@ class Figures:
     recall_top: float
     mrr: float
     recall_full_questions: float
+    recall_begins: float | None
+    recall_later: float | None
     accuracy: Interval | None
     accuracy_change: Interval | None
     cosine: float | None
@@ -71,6 +74,8 @@ def _figures(record: dict[str, Any], full: dict[str, Any]) -> Figures:
         recall_top=statistics.mean(float(rank <= TOP) for rank in record["ranks"]),
         mrr=statistics.mean(1 / rank for rank in record["ranks"]),
         recall_full_questions=statistics.mean(float(rank == 1) for rank in record["ranks_full_questions"]),
+        recall_begins=_share(hits, record["begins"], True),
+        recall_later=_share(hits, record["begins"], False),
         accuracy=bootstrap_mean(probed) if probed else None,
         accuracy_change=paired_bootstrap(probed, base) if probed else None,
         cosine=_mean(record["cosines"], 0),
@@ -87,3 +92,8 @@ def _hits(record: dict[str, Any]) -> list[float]:
 
 def _mean(rows: Sequence[Sequence[float]], column: int) -> float | None:
     return statistics.mean(row[column] for row in rows) if rows else None
+
+
+def _share(hits: Sequence[float], begins: Sequence[bool], which: bool) -> float | None:
+    chosen = [hit for hit, begin in zip(hits, begins, strict=True) if begin == which]
+    return statistics.mean(chosen) if chosen else None

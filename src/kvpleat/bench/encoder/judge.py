@@ -66,6 +66,7 @@ def judge(
                 "method": entrant.method.spec,
                 "texts": asked.passes * len(texts),
                 "seconds": made.seconds,
+                "begins": asked.retrieval.begins,
                 "ranks": quality.ranks(questions, made.vectors, asked.retrieval.right),
                 "ranks_full_questions": quality.ranks(asking[0], made.vectors, asked.retrieval.right),
                 **_more(loaded, chosen[0], entrant, asked),

@@ -26,11 +26,13 @@ class Retrieval:
 
     Args:
         texts: tokens of each. questions: tokens of each. right: for each question the number of its text.
+        begins: for each question whether its paragraph is the first of its text: what a truncated text still holds.
     """
 
     texts: list[list[int]]
     questions: list[list[int]]
     right: list[int]
+    begins: list[bool]
 
 
 def retrieval(loaded: LoadedModel, path: Path, form: str, limit: int | None = None) -> Retrieval:
@@ -53,7 +55,9 @@ def retrieval(loaded: LoadedModel, path: Path, form: str, limit: int | None = No
     holds = {place: text for text, group in enumerate(groups) for place in group}
     texts = ["\n".join(paragraphs[i] for i in group) for group in groups]
     questions = [question for question, _ in asked]
-    return Retrieval(_fitting(loaded, texts), _fitting(loaded, questions), [holds[place] for _, place in asked])
+    right = [holds[place] for _, place in asked]
+    begins = [groups[text][0] == place for text, (_, place) in zip(right, asked, strict=True)]
+    return Retrieval(_fitting(loaded, texts), _fitting(loaded, questions), right, begins)
 
 
 def _fitting(loaded: LoadedModel, texts: Sequence[str]) -> list[list[int]]:

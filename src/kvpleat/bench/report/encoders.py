@@ -66,14 +66,18 @@ def _point(f: Figures, figure: Interval | None, form: str) -> Point:
 def table(file: ResultFile) -> Table:
     """Every method: time, retrieval, probe, tokens and memory, with intervals and paired differences."""
     heads = ["method", "texts/s", "times faster", "R@1", "of the full model's", "R@10", "MRR"]
-    found = Table("Encoders", [*heads, "R@1, full questions", "probe", "token cosine", "long texts", "peak"])
+    found = Table(
+        "Encoders",
+        [*heads, "R@1, first / later paragraphs", "R@1, full questions", "probe", "token cosine", "long texts", "peak"],
+    )
     for f in figures(file.records):
         found.rows.append((f.label, "", f.method.startswith(OURS), _cells(f)))
     count, settings = file.settings["count"], file.settings
     found.note = (
         f"{count['texts']} texts of {settings['tokens'] / count['texts']:.0f} tokens on average, {count['questions']} "
         f"questions from {settings['retrieval']}. Times faster: the full model's seconds over these, batches paired. "
-        "Full questions: questions encoded by the full model, texts by the method. Token cosine: to the full model's "
+        "First and later paragraphs: R@1 of questions about the first paragraph of a text, and about the others, which "
+        "truncation may not see. Full questions: encoded by the full model, texts by the method. Token cosine: to its "
         "last hidden states, mean and 5% quantile; a token that was cut off counts 0. Peak: of activations for one "
         f"batch of {settings['batch']} of the longest texts, in a fresh process."
     )
@@ -88,6 +92,7 @@ def _cells(f: Figures) -> list[Cell]:
         Cell(f"{f.kept.value:.1%}", [_interval(f.kept, "{:.1%}")]),
         Cell(f"{f.recall_top:.1%}"),
         Cell(f"{f.mrr:.3f}"),
+        Cell(" / ".join(NONE if x is None else f"{x:.1%}" for x in (f.recall_begins, f.recall_later))),
         Cell(f"{f.recall_full_questions:.1%}"),
         Cell(f"{f.accuracy.value:.1%}", [_interval(f.accuracy, "{:.1%}")]) if f.accuracy else Cell(NONE),
         Cell(f"{f.cosine:.3f}", [f"5%: {f.low:.3f}"]) if f.cosine is not None else Cell(NONE),
