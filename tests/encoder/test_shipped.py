@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec(minilm.PACKAGE) is None
 
 @torch.inference_mode()
 def test_merged_texts_come_nearer_to_what_they_were() -> None:
-    """Pieces of a speech that it has not seen: at ratio 4 its vectors are nearer to the full model's than without it."""
+    """Pieces of a speech that it has not seen: their vectors at ratio 4 are nearer to the full model's than without."""
     loaded = models.load_encoder(minilm.NAME, device="cpu", progress=False)
     text = loaded.tokenizer(TEXT.read_text(), add_special_tokens=False, verbose=False).input_ids
     first, last = loaded.tokenizer("").input_ids
