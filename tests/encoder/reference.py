@@ -153,6 +153,7 @@ def forward(
     distance: float,
     coverage: float | None = None,
     positions: list[int] | None = None,
+    whole_keys: bool = True,
 ) -> tuple[Tensor, list[list[list[int]]]]:
     """One row of [T] ids through the model: [T, C] unmerged states, and for each layer the members of each token.
 
@@ -160,6 +161,7 @@ def forward(
         kept: tokens that enter each layer; None for coverage.
         special: token ids that never merge.
         positions: columns that the tokens stand in, where padding came first.
+        whole_keys: whether a layer reads keys and values of the tokens before they merged.
     """
     columns = positions or list(range(len(ids)))
     layers = {"distilbert": lambda: model.transformer.layer, "modernbert": lambda: model.layers}
@@ -183,8 +185,8 @@ def forward(
         if family == "modernbert":
             states, mass = modern_layer(model, index, now, count)
         else:
-            states, mass = bert_layer(layer, family, now, before, count)
-            mass = regroup(before, now, mass)
+            states, mass = bert_layer(layer, family, now, before if whole_keys else now, count)
+            mass = regroup(before, now, mass) if whole_keys else mass
         now = [
             Token(state, token.members, token.position, float(m), token.free)
             for state, token, m in zip(states, now, mass, strict=True)

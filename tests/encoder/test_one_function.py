@@ -31,14 +31,17 @@ def kept(policy: EncoderMerge, length: int, layers: int = 3) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("ratio", "steps"), [(2.0, 1), (3.7, 1), (2.6, 2), (5.0, 3)])
-def test_like_the_reference(family: str, ratio: float, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "steps", "whole"), [(2.0, 1, True), (3.7, 1, True), (2.6, 2, True), (5.0, 3, True), (2.6, 2, False)]
+)
+def test_like_the_reference(family: str, ratio: float, steps: int, whole: bool) -> None:
     """Ragged rows in one padded batch: states and groups of each row are those of the row alone, in loops."""
-    model, policy = tiny(family), EncoderMerge(ratio=ratio, steps=steps, floor=4)
+    model, policy = tiny(family), EncoderMerge(ratio=ratio, steps=steps, floor=4, whole_keys=whole)
     ids, mask = texts(LENGTHS, seed=steps)
     states, trace = output(model, policy, ids, mask)
     for row, length in enumerate(LENGTHS):
-        want, seen = reference.forward(model, family, ids[row, :length], kept(policy, length), SPECIAL, policy.distance)
+        of_row = ids[row, :length], kept(policy, length), SPECIAL, policy.distance
+        want, seen = reference.forward(model, family, *of_row, whole_keys=whole)
         same(states[row, :length], want, family)
         for layer, groups in enumerate(seen):
             place = trace.places[layer][row]

@@ -126,7 +126,7 @@ class MergedEncoder:
         base, family = self.encoder.base, self.encoder.family
         self._handles += [_Shadow(base, self._wrapped(base.forward))]
         for index, layer in enumerate(self.encoder.layers):
-            longer = family.keys_from_longer
+            longer = family.keys_from_longer and self.policy.whole_keys
             self._handles.append(layer.register_forward_pre_hook(_LayerHook(index, longer), with_kwargs=True))
             if longer:
                 inner = layer.get_submodule(family.attention)

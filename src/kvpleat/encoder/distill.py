@@ -40,6 +40,7 @@ class Recipe:
         rank: of the LoRA. rate: largest learning rate, reached after a twentieth of the steps and zero at the end.
         steps: batches. batch: texts of one. shortest, longest: tokens of a text; each batch has texts of one length.
             Some are too short to merge at all, so that the LoRA leaves those as they are.
+        whole_keys: 1 or 0, as EncoderMerge's.
         seed: of everything drawn.
     """
 
@@ -50,6 +51,7 @@ class Recipe:
     batch: int = 64
     shortest: int = 10
     longest: int = 400
+    whole_keys: int = 1
     seed: int = 0
 
 
@@ -114,7 +116,7 @@ def distill(
         ratio = recipe.ratios[int(torch.randint(len(recipe.ratios), (), generator=draw))]
         with torch.no_grad():
             want = teacher(input_ids=ids).last_hidden_state
-        with MergedEncoder(base, EncoderMerge(ratio=ratio)):
+        with MergedEncoder(base, EncoderMerge(ratio=ratio, whole_keys=bool(recipe.whole_keys))):
             loss, cosine = _loss(base(input_ids=ids).last_hidden_state, want)
         optimizer.zero_grad()
         loss.backward()

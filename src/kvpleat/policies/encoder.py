@@ -60,7 +60,7 @@ class EncoderMerge:
     tokens, and the mean of s(l) over layers is 1 / ratio. With `steps` = 1 all merging happens before the first layer,
     s(l) = 1 / ratio; with more it happens before each of the first `steps` layers, by the same factor each
     time. Work and memory of everything but attention's logits fall by the ratio; those by its square. BERT, RoBERTa and
-    DistilBERT still read keys and values of all tokens in the layer before which tokens merge.
+    DistilBERT still read keys and values of all tokens in the layer before which tokens merge (`whole_keys`).
 
     coverage. Tokens join as long as what a row has lost, the sum of those costs, stays below 1 - coverage of the
     importance of its free tokens: texts that repeat themselves shrink more.
@@ -73,6 +73,8 @@ class EncoderMerge:
         steps: layers before which tokens merge, from the first on.
         floor: tokens that a row keeps in any case, special ones included.
         distance: cost of the whole row between two tokens, where two unlike states cost 1.
+        whole_keys: whether they do. Without, that layer is as cheap as the others, in time and in the peak of memory,
+            and a little more is lost. ModernBERT has no choice: False.
         protect: token ids that never merge, beside a row's first and last token and their like and the special ids
             that the model's config names.
         lora: a LoRA that was trained under merging (`python -m kvpleat.encoder.distill`), merged into the weights while
@@ -85,6 +87,7 @@ class EncoderMerge:
     steps: int = 1
     floor: int = 16
     distance: float = 0.02
+    whole_keys: bool = True
     protect: tuple[int, ...] = ()
     lora: str = ""
 
