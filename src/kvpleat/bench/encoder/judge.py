@@ -9,7 +9,7 @@ from typing import Any
 from kvpleat.bench.encoder import quality
 from kvpleat.bench.encoder.memory import peak_bytes
 from kvpleat.bench.encoder.methods import Merge, Method, parse
-from kvpleat.bench.encoder.picture import trace
+from kvpleat.bench.encoder.picture import SENTENCE, trace
 from kvpleat.bench.encoder.texts import Retrieval
 from kvpleat.bench.encoder.turns import Entrant, entrants, in_turns, matched
 from kvpleat.bench.memory import can_measure
@@ -20,7 +20,6 @@ from kvpleat.hf.models import LoadedModel
 SHARES = (0.0, 0.3)  # of ToMe, between which its strength is looked for
 PROBED, PROBED_BATCH = 5, 8  # batches that a strength is measured with, and texts of each
 TINY_SHARE = 1e-4
-SENTENCE = "Forests and wetlands keep a great deal of carbon out of the air, and they clean the water that we drink."
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which tokens of a text were merged, layer by layer: `python -m kvpleat.bench.encoder.picture TEXT --out FILE.svg`
+"""Which tokens of a text were merged, layer by layer: `python -m kvpleat.bench.encoder.picture [TEXT] --out FILE.svg`
 
 How to read it stands in `kvpleat.bench.report.merged`. What is shown comes from the run that draws it.
 """
@@ -14,6 +14,12 @@ from kvpleat.hf.embed import cut, max_tokens, tokenize
 from kvpleat.hf.minilm import NAME
 from kvpleat.hf.models import LoadedModel, load_encoder
 
+SENTENCE = (  # of John F. Kennedy's inaugural address, a work of the US Government
+    "My fellow citizens of the world: ask not what America will do for you, but what together we can do for the "
+    "freedom of man. Finally, whether you are citizens of America or citizens of the world, ask of us here the same "
+    "high standards of strength and sacrifice which we ask of you."
+)
+
 
 @torch.inference_mode()
 def trace(loaded: LoadedModel, method: Method, text: str) -> tuple[list[str], list[list[int]]]:
@@ -28,7 +34,7 @@ def trace(loaded: LoadedModel, method: Method, text: str) -> tuple[list[str], li
 def main(argv: list[str] | None = None) -> None:
     """Command line of the picture."""
     parser = argparse.ArgumentParser(prog="python -m kvpleat.bench.encoder.picture", description=__doc__)
-    parser.add_argument("text", help="to encode; a few words, so that the picture stays narrow")
+    parser.add_argument("text", nargs="?", default=SENTENCE, help="to encode; some words of a speech without it")
     parser.add_argument("--out", type=Path, required=True, help="SVG file to write")
     parser.add_argument("--model", default=NAME)
     parser.add_argument("--policy", default="merge:ratio=2.6")
