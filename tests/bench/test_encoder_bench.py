@@ -121,6 +121,11 @@ def test_methods_by_name() -> None:
     found = methods.parse_list("tome:share=0.1|0.2,truncate:tokens=9,full")
     assert [method.spec for method in found] == ["full", "tome:share=0.1", "tome:share=0.2", "truncate:tokens=9"]
     assert found[1].label == "ToMe share=0.1"
+    assert methods.parse("merge:ratio=2,whole_keys=false,steps=2").options == {
+        "ratio": 2.0,
+        "whole_keys": False,
+        "steps": 2,
+    }
     assert found[3].cut([[1, 2, 3], list(range(20))]) == [[1, 2, 3], [*range(8), 19]]
 
 

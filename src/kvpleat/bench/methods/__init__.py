@@ -97,10 +97,12 @@ def parse(spec: str) -> Method:
     raise OptionError(f"{spec!r}: there is no such policy or cache. Known: {', '.join(known())}.")
 
 
-def _value(key: str, text: str) -> int | float | str:
-    """An option's value: a whole number where it is one, except for ratios and shares; `gates` are a name."""
+def _value(key: str, text: str) -> bool | int | float | str:
+    """An option's value: true or false, a whole number where it is one, except for ratios; `gates` are a name."""
     if key == "gates":
         return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         number = float(text)
     except ValueError:
