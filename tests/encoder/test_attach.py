@@ -85,6 +85,7 @@ def test_one_at_a_time() -> None:
         {"ratio": 2.0, "steps": 0},
         {"ratio": 2.0, "floor": 1},
         {"ratio": 2.0, "distance": -1.0},
+        {"ratio": 1.0, "lora": "all-minilm-l6-v2-merge"},
     ],
 )
 def test_options(options: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def together(came: Sequence[Sequence[float]]) -> float | None:
 # ---- its peers
 
 
-class Clock(BaseStreamer):  # type: ignore[misc]  # untyped
+class Clock(BaseStreamer):
     """When each token of generate() came."""
 
     def __init__(self) -> None:
