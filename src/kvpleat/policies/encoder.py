@@ -112,7 +112,7 @@ class EncoderMerge:
             )
         if self.ratio == 1.0 and self.lora:
             raise OptionError(
-                f"ratio=1 with lora={self.lora!r}: a LoRA learned to live with merged tokens, and at ratio 1 none merge. "
+                f"ratio=1 with lora={self.lora!r}: a LoRA is learned for merged tokens, and none merge. "
                 "Leave it out, or pass a ratio above 1."
             )
         check_at_least(steps=(self.steps, 1), floor=(self.floor, 2), distance=(self.distance, 0.0))
