@@ -22,6 +22,7 @@ from kvpleat.bench.engine_models import Profile
 from kvpleat.bench.engine_report import Bench, said
 from kvpleat.bench.floor import weights_read
 from kvpleat.bench.kernel_timing import Machine
+from kvpleat.engine import sizes
 from kvpleat.engine.core import EngineCore
 from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.engine.reckoned import AHEAD
@@ -156,7 +157,7 @@ class Replay:
     def width(self) -> int:
         """Seats that a step covers."""
         highest = max(row.seat for row in self.core.scheduler.running)
-        return next(int(n) for n in self.core.runner._widths if n > highest)
+        return sizes.width(highest + 1, self.core.scheduler.limits.seats)
 
     @torch.inference_mode()
     def __call__(self) -> None:

@@ -10,7 +10,6 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from kvpleat.encoder.calls import Call, Trace
 from kvpleat.encoder.families import Encoder, describe
 from kvpleat.errors import AttachError, CacheError, UnsupportedError
 from kvpleat.hf import adapters
+from kvpleat.hf.block import SHARED_CONFIG, Attachment
 from kvpleat.kernels.grouping import unmerge
 from kvpleat.policies.encoder import EncoderMerge
 from kvpleat.policies.lora import LoraWeights
@@ -32,7 +32,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-class MergedEncoder:
+class MergedEncoder(Attachment):
     """An encoder with EncoderMerge attached. Made by `compress` or `attach`.
 
     Attributes:
@@ -47,7 +47,6 @@ class MergedEncoder:
         self.original: str = ""  # the model's own attention implementation
         self._signature = inspect.signature(type(self.encoder.base).forward)
         self._handles: list[Any] = []
-        self._entered = False
         self._trace: Trace | None = None
 
     @property
@@ -76,10 +75,7 @@ class MergedEncoder:
             )
         self.original = base.config._attn_implementation
         if self.original == IMPLEMENTATION:
-            raise AttachError(
-                "Another model with a policy attached shares this model's config object, so both would use the "
-                "other's attention. Give each model its own config (copy.deepcopy) or detach the other first."
-            )
+            raise AttachError(SHARED_CONFIG)
         _attached[base] = self
         if self.policy.changes_nothing:
             return self
@@ -105,20 +101,6 @@ class MergedEncoder:
             handle.remove()
         self._handles = []
         self.encoder.base.set_attn_implementation(self.original)
-
-    def __enter__(self) -> Self:
-        if self._entered:
-            raise AttachError("This `with` block is open already; the inner one would detach it. Open one at a time.")
-        if not self.attached:
-            self.attach()
-        self._entered = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered = False
-        self.detach()
 
     # ---- hooks
 

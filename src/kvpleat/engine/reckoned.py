@@ -23,22 +23,20 @@ class Reckoned:
         if seen and expected:
             self._scale = min(max(seen / expected, SCALES[0]), SCALES[1])
 
-    def needs(self, row: Row) -> int:
-        """Pages with which a row should be able to go on a while."""
-        tokens = min(max(row.goal, row.fed) + AHEAD, row.limit)
-        on_the_way = self._limits.peak_pages(row.prompt_size) if row.fed < row.prompt_size else 0
-        return max(row.needs, on_the_way, round(self._scale * self._limits.pages_for(tokens)))
-
-    def owed(self, rows: list[Row]) -> int:
-        """Pages that rows lack for going on a while, as `needs` says of each."""
+    def needs(self, rows: list[Row]) -> NDArray[np.int64]:
+        """Pages with which each row should be able to go on a while."""
         limits = self._limits
         tokens = whole([max(row.goal, row.fed) for row in rows]) + AHEAD
         expected = self._scale * limits.pages_of(np.minimum(tokens, whole([row.limit for row in rows])))
-        needs = np.maximum(np.rint(expected).astype(np.int64), whole([row.needs for row in rows]))
+        needs: NDArray[np.int64] = np.maximum(np.rint(expected).astype(np.int64), whole([row.needs for row in rows]))
         if limits.peak is not None:
             peaks = [limits.peak_pages(row.prompt_size) if row.fed < row.prompt_size else 0 for row in rows]
             needs = np.maximum(needs, whole(peaks))
-        return int((needs - whole([row.held for row in rows])).clip(min=0).sum())
+        return needs
+
+    def owed(self, rows: list[Row]) -> int:
+        """Pages that rows lack for that."""
+        return int((self.needs(rows) - whole([row.held for row in rows])).clip(min=0).sum())
 
     def growth(self, fed: NDArray[np.int64], cautious: bool) -> int:
         """Pages that the next tokens of rows are reckoned to take. fed: tokens of each."""

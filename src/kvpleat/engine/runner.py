@@ -21,7 +21,7 @@ from kvpleat.engine.decisions import looking_back
 from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.rows import Counters, Fork, Plan
 from kvpleat.engine.sampling import Mode, Sampled, Sampler
-from kvpleat.engine.sizes import ladder
+from kvpleat.engine.sizes import ladder, width
 from kvpleat.engine.transfer import ACTIVE, DRAWS, NUMBERS, POSITIONS, RELEASED, packed, pinned, to_host, written
 from kvpleat.kernels import decode, extend, fork, reference, update
 from kvpleat.kernels.decode import Work
@@ -116,8 +116,7 @@ class Runner:
 
     def _step(self, plan: Plan) -> tuple[Tensor, Sampled | None]:
         """The forward, and a draw for every seat: see `Launched`."""
-        highest = plan.width
-        n = next(n for n in self._widths if n >= highest)
+        n = width(plan.width, self._seats.numel())
         if plan.chunks:
             self._mixed(n, plan)
         elif self.device.type == "cuda":

@@ -126,7 +126,7 @@ class Scheduler:
             if pages.prefixes.promised(row, self.running):
                 return
             frozen = pages.prefixes.find(row)
-            owed += self._reckoned.needs(row) - (frozen.held - frozen.movable if frozen else 0)
+            owed += int(self._reckoned.needs([row])[0]) - (frozen.held - frozen.movable if frozen else 0)
             if self.running and (owed > pages.most or owed > pages.room(owed, frozen)):
                 return
             row.seat = self._seats[-1]

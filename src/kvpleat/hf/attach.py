@@ -9,7 +9,6 @@ where the prompt ends and refuses what cannot work. No class is touched.
 import inspect
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from kvpleat.cache.pages import PagePool
 from kvpleat.errors import AttachError, CacheError, UnsupportedError
 from kvpleat.hf import adapters, attention, borrowed, calls, feed, gated
 from kvpleat.hf.attention import IMPLEMENTATION, ForwardCall
+from kvpleat.hf.block import SHARED_CONFIG, Attachment
 from kvpleat.hf.cache import PleatedCache
 from kvpleat.hf.families import ModelFacts, cache_argument, describe, given_cache
 from kvpleat.hf.generate import wrap_generate
@@ -31,7 +31,7 @@ _attached: "weakref.WeakKeyDictionary[nn.Module, Pleated]" = weakref.WeakKeyDict
 _originals: dict[int, str] = {}  # id of an attached model's config -> its own attention implementation
 
 
-class Pleated:
+class Pleated(Attachment):
     """A model with a policy attached. Made by `compress` or `attach`.
 
     Attributes:
@@ -55,7 +55,6 @@ class Pleated:
         self._handles: list[Any] = []
         self._merged: adapters.Merged | None = None  # weights that a LoRA changes
         self._own_generate: Any = None  # what the user had put over generate on this model object
-        self._entered = False
         self._caches: weakref.WeakSet[PleatedCache] = weakref.WeakSet()
         self._last: PleatedCache | None = None
         self._last_report: MemoryReport | None = None
@@ -81,10 +80,7 @@ class Pleated:
             )
         self.original = self.model.config._attn_implementation
         if self.original == IMPLEMENTATION:
-            raise AttachError(
-                "Another model with a policy attached shares this model's config object, so both would use the "
-                "other's attention. Give each model its own config (copy.deepcopy) or detach the other first."
-            )
+            raise AttachError(SHARED_CONFIG)
         self.pool = PagePool(self.facts.shape, self.facts.device, self._max_pages)
         AttentionInterface.register(IMPLEMENTATION, attention.attention_forward)
         AttentionMaskInterface.register(IMPLEMENTATION, _mask)
@@ -130,20 +126,6 @@ class Pleated:
         self._last = None
         self.pool.trim()  # now, even if somebody still holds a cache
         del self.pool
-
-    def __enter__(self) -> Self:
-        if self._entered:
-            raise AttachError("This `with` block is open already; the inner one would detach it. Open one at a time.")
-        if not self.attached:
-            self.attach()
-        self._entered = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered = False
-        self.detach()
 
     # ---- caches
 
