@@ -45,7 +45,7 @@ class Work(NamedTuple):
     Args:
         launch: of the kernel that reads it.
         page_size: entries of a page (S).
-        starts: [L, Z + 1] int32 pages of all streams before each of the Z = R * H of a layer, and of all of them.
+        starts: [L, Z + 1] int32 pages of all streams before each of the Z = n * H of a layer, and of all of them.
         tiles: [L, Z + 1] int32 tiles before each stream; only `plan` reads it.
         shares: [L, programs, 8] int32, what each program of the grid reads: the stream its pages begin in, where that
             stream begins and stops, its first page and the one after its last, its tiles, pages of the layer, nothing.
@@ -89,14 +89,17 @@ def room(
     page_size: int,
     launch: Launch | None = None,
     programs: int | None = None,
+    rows: int | None = None,
 ) -> Work:
-    """Room for the work of all layers, for as many rows as `lengths` [R, L, H] has; made once, filled by `plan`.
+    """Room for the work of all layers; made once, filled by `plan`.
 
     Args:
+        lengths: [R, L, H] of the pool.
         head_dim, dtype: of the entries.
         page_size: entries of a page (S).
         launch: None: the one measured to be fast, `launch_for`.
         programs: of the grid; None: `launch.programs` for every multiprocessor.
+        rows: of the batch (n), where `plan` is given seats; None: as many as the pool has.
 
     Raises:
         OptionError: a tile does not consist of whole pages.
@@ -107,14 +110,15 @@ def room(
             f"A tile of {launch.tile} entries over pages of {page_size}: programs read whole pages, and a power of two "
             "of entries from 16 on. Pass 32, 64 or 128."
         )
-    rows, layers, heads = lengths.shape
+    in_pool, layers, heads = lengths.shape
+    streams = (in_pool if rows is None else rows) * heads
     programs = programs or _programs(launch, lengths.device)
 
     def numbers(*shape: int) -> Tensor:
         return torch.zeros(layers, *shape, dtype=torch.int32, device=lengths.device)
 
-    starts, tiles = numbers(rows * heads + 1), numbers(rows * heads + 1)
-    return Work(launch, page_size, starts, tiles, numbers(programs, SHARE), numbers(rows * heads))
+    starts, tiles = numbers(streams + 1), numbers(streams + 1)
+    return Work(launch, page_size, starts, tiles, numbers(programs, SHARE), numbers(streams))
 
 
 def room_bytes(rows: int, shape: KVShape, device: torch.device) -> int:
@@ -131,28 +135,34 @@ def _programs(launch: Launch, device: torch.device) -> int:
     return launch.programs * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1)
 
 
-def plan(work: Work, lengths: Tensor, active: Tensor | None = None, ahead: int = 1) -> None:
+def plan(
+    work: Work, lengths: Tensor, active: Tensor | None = None, ahead: int = 1, seats: Tensor | None = None
+) -> None:
     """Deal out the pages of all layers, in one launch.
 
     Args:
         work: of `room`, all layers; filled in place.
         lengths: [R, L, H] int32 entries of each stream, any strides.
-        active: [R] bool, rows that have a token; the others' entries are not read. None: all.
+        active: [n] bool, rows that have a token; the others' entries are not read. None: all.
         ahead: entries that each stream may grow by before the next plan. `attend` takes any lengths up to lengths +
             ahead rounded up to pages; a longer stream gives NaN and is not cut short. Shorter ones cost balance only.
+        seats: [n] int32 or int64, the row of the pool that each row of the batch is; of rows that are not active, any
+            number. `work` was made for n rows. None: row i is row i.
 
     On a CPU nothing is done: the specification needs no plan.
     """
     if lengths.device.type == "cuda":
-        plan_on_gpu(work, lengths, active, ahead)
+        plan_on_gpu(work, lengths, active, ahead, seats)
 
 
-def plan_on_gpu(work: Work, lengths: Tensor, active: Tensor | None = None, ahead: int = 1) -> None:
+def plan_on_gpu(
+    work: Work, lengths: Tensor, active: Tensor | None = None, ahead: int = 1, seats: Tensor | None = None
+) -> None:
     """`plan` by the Triton kernel, whatever the device (Triton's interpreter runs it on a CPU)."""
     from kvpleat.kernels import decode_triton
 
     tile = work.launch.tile
-    decode_triton.plan(lengths, active, work.starts, work.tiles, work.shares, work.page_size, tile, ahead)
+    decode_triton.plan(lengths, active, seats, work.starts, work.tiles, work.shares, work.page_size, tile, ahead)
 
 
 def attend(
@@ -167,11 +177,12 @@ def attend(
     softcap: float | None = None,
     mass: Tensor | None = None,
     active: Tensor | None = None,
+    seats: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a row over the entries of one layer.
 
     Args:
-        q: [R, Q, D] queries, rotated, channels side by side.
+        q: [n, Q, D] queries, rotated, channels side by side.
         key_pages, value_pages: [P, S, D], contiguous. What lies beyond a stream's length is not read and may be NaN.
         page_table: [R, H, M] int32 pages of each stream, at most M, any strides but 1 for the last.
         lengths: [R, H] int32 entries of each stream, any strides; they fill its pages without holes.
@@ -182,17 +193,19 @@ def attend(
         softcap: c of c * tanh(logit / c), or None.
         mass: [P, S] float32 to write to what each entry received, summed over the queries of its group; other places
             are left as they are. None: not wanted. Wanted, keys are read a second time.
-        active: [R] bool, as `plan` was given it: the other rows' results are zeros. None: all rows.
+        active: [n] bool, as `plan` was given it: the other rows' results are zeros. None: all rows.
+        seats: [n], as `plan` was given them. None: n = R, and row i is row i.
 
     Returns:
-        [R, Q, D] in q's dtype; zeros where a stream has no entries.
+        [n, Q, D] in q's dtype; zeros where a stream has no entries.
 
     Raises:
         OptionError: `work` is of other streams or pages, or strides are others than said above.
     """
-    if work.starts.shape != (lengths.numel() + 1,) or work.page_size != key_pages.shape[1]:
+    streams = lengths.shape[1] * (lengths if seats is None else seats).shape[0]
+    if work.starts.shape != (streams + 1,) or work.page_size != key_pages.shape[1]:
         raise OptionError(
-            f"Work {list(work.starts.shape)} over pages of {work.page_size} for {lengths.numel()} streams in pages of "
+            f"Work {list(work.starts.shape)} over pages of {work.page_size} for {streams} streams in pages of "
             f"{key_pages.shape[1]}: programs would read others' pages. Pass the work of one layer, work.layer(index), "
             "with room made for these rows and pages."
         )
@@ -203,9 +216,10 @@ def attend(
             "the pool: the kernel reads numbers that follow each other. Pass contiguous tensors; of queries and page "
             "tables only the last dimension need be so."
         )
+    streams_of_layer, options = (q, key_pages, value_pages, page_table, lengths), (log_weight, softcap, mass)
     if q.device.type != "cuda":
-        return by_definition(q, key_pages, value_pages, page_table, lengths, scale, log_weight, softcap, mass, active)
-    return on_gpu(q, key_pages, value_pages, page_table, lengths, work, scale, log_weight, softcap, mass, active)
+        return by_definition(*streams_of_layer, scale, *options, active, seats)
+    return on_gpu(*streams_of_layer, work, scale, *options, active, seats)
 
 
 def on_gpu(
@@ -220,6 +234,7 @@ def on_gpu(
     softcap: float | None = None,
     mass: Tensor | None = None,
     active: Tensor | None = None,
+    seats: Tensor | None = None,
 ) -> Tensor:
     """`attend` by the Triton kernel, whatever the device (Triton's interpreter runs it on a CPU)."""
     from kvpleat.kernels import decode_triton
@@ -228,12 +243,12 @@ def on_gpu(
     out: Tensor
     lse: Tensor
     out, lse = decode_triton.attend(
-        q, key_pages, value_pages, log_weight, page_table, lengths, active, *shares, work.arrivals, scale, softcap,
-        *launch, work.launch.early, mass is not None,
+        q, key_pages, value_pages, log_weight, page_table, lengths, active, seats, *shares, work.arrivals, scale,
+        softcap, *launch, work.launch.early, mass is not None,
     )  # fmt: skip
     if mass is not None:
         decode_triton.mass_received(
-            q, key_pages, log_weight, page_table, lengths, active, *shares, lse, mass, scale, softcap, *launch
+            q, key_pages, log_weight, page_table, lengths, active, seats, *shares, lse, mass, scale, softcap, *launch
         )
     return out
 
@@ -249,8 +264,12 @@ def by_definition(
     softcap: float | None = None,
     mass: Tensor | None = None,
     active: Tensor | None = None,
+    seats: Tensor | None = None,
 ) -> Tensor:
     """The specification of `attend`: each stream gathered from its pages, then `reference.attend`."""
+    if seats is not None:
+        seats = seats if active is None else torch.where(active, seats, 0)
+        page_table, lengths = page_table.index_select(0, seats), lengths.index_select(0, seats)
     (rows, heads, pages), size = page_table.shape, key_pages.shape[1]
     index = torch.arange(pages * size, device=q.device)
     if active is not None:

@@ -10,7 +10,7 @@ SHARE = tl.constexpr(8)  # numbers of a share
 # Tables of different layers begin anywhere: code that relies on where would be compiled several times over.
 ONE_CODE = {
     "do_not_specialize": ["streams", "ahead", "steps", "capacity"],
-    "do_not_specialize_on_alignment": ["table", "lengths", "active", "starts", "tiles", "shares", "arrivals"],
+    "do_not_specialize_on_alignment": ["table", "lengths", "active", "seats", "starts", "tiles", "shares", "arrivals"],
 }
 
 
@@ -27,8 +27,20 @@ def _find(starts, page, streams, steps):
     return low
 
 
+@triton.jit
+def _row(z, active, seats, here, H: tl.constexpr):
+    """The row of the pool of stream z of a batch, where it is `here`: with seats, 0 if it has no token."""
+    row = z // H
+    if seats is not None:
+        seat = tl.load(seats + row, mask=here, other=0)
+        if active is not None:  # else the seat may be any number
+            seat = tl.where(tl.load(active + row, mask=here, other=0), seat, 0)
+        row = seat
+    return row.to(tl.int64)
+
+
 @triton.jit(**ONE_CODE)
-def plan(lengths, active, starts, tiles, shares, streams, ahead, steps, row, layer, head, room, programs,
+def plan(lengths, active, seats, starts, tiles, shares, streams, ahead, steps, row, layer, head, room, programs,
          H: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
          PROGRAMS: tl.constexpr):  # fmt: skip
     """One layer: pages and tiles before each stream, then the share of each program."""
@@ -41,7 +53,7 @@ def plan(lengths, active, starts, tiles, shares, streams, ahead, steps, row, lay
     for first in range(0, streams, BLOCK):
         z = first + tl.arange(0, BLOCK)
         here = z < streams
-        length = tl.load(lengths + (z // H).to(tl.int64) * row + z % H * head, mask=here, other=0)
+        length = tl.load(lengths + _row(z, active, seats, here, H) * row + z % H * head, mask=here, other=0)
         pages = tl.cdiv(length + ahead, S)
         if active is not None:
             pages = tl.where(tl.load(active + z // H, mask=here, other=0), pages, 0)
@@ -77,15 +89,15 @@ def plan(lengths, active, starts, tiles, shares, streams, ahead, steps, row, lay
 
 
 @triton.jit
-def _stream(table, lengths, active, z, place, capacity, table_row, table_head, lengths_row, lengths_head,
+def _stream(table, lengths, active, seats, z, place, capacity, table_row, table_head, lengths_row, lengths_head,
             H: tl.constexpr, S: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """[N] page of each of N entries of stream z, from its page `place` on; and how many entries it has."""
-    row, head = (z // H).to(tl.int64), z % H
+    row, head = _row(z, active, seats, True, H), z % H
     places = place + tl.arange(0, N) // S
     pages = tl.load(table + row * table_row + head * table_head + places, mask=places < capacity, other=0)
     length = tl.load(lengths + row * lengths_row + head * lengths_head)
     if active is not None:
-        length = tl.where(tl.load(active + row), length, 0)
+        length = tl.where(tl.load(active + z // H), length, 0)
     return pages, length
 
 
@@ -157,8 +169,8 @@ def _combine(z, begin, stop, before, all_pages, arrivals, parts, peaks, out, lse
 
 
 @triton.jit(**ONE_CODE)
-def attend(q, keys, values, log_weight, table, lengths, active, starts, shares, arrivals, parts, peaks, out, lse,
-           scale, softcap, streams, capacity, q_row, q_head, table_row, table_head, lengths_row, lengths_head,
+def attend(q, keys, values, log_weight, table, lengths, active, seats, starts, shares, arrivals, parts, peaks, out,
+           lse, scale, softcap, streams, capacity, q_row, q_head, table_row, table_head, lengths_row, lengths_head,
            H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
            CHANNELS: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """The share of one program, a tile of N entries at a time."""
@@ -175,8 +187,8 @@ def attend(q, keys, values, log_weight, table, lengths, active, starts, shares, 
     total = tl.zeros([GROUP, N], tl.float32)  # added up where a stream ends, not in every tile
     acc = tl.zeros([GROUP, CHANNELS], tl.float32)
     # What says where the next tile lies is read while this one is computed, so nothing waits for it.
-    pages, length = _stream(table, lengths, active, z, at - begin, capacity, table_row, table_head, lengths_row,
-                            lengths_head, H, S, N)  # fmt: skip
+    pages, length = _stream(table, lengths, active, seats, z, at - begin, capacity, table_row, table_head,
+                            lengths_row, lengths_head, H, S, N)  # fmt: skip
     for _ in range(tiles):
         end = tl.minimum(stop, high)
         entries = (at - begin) * S + tl.arange(0, N)
@@ -213,8 +225,8 @@ def attend(q, keys, values, log_weight, table, lengths, active, starts, shares, 
                 tl.store(parts + part[:, None] * D + channels[None, :], acc, mask=seen)
         z, begin = tl.where(at == stop, z + 1, z), tl.where(at == stop, stop, begin)
         stop = tl.load(starts + tl.minimum(z + 1, streams))
-        pages, length = _stream(table, lengths, active, tl.minimum(z, streams - 1), at - begin, capacity, table_row,
-                                table_head, lengths_row, lengths_head, H, S, N)  # fmt: skip
+        pages, length = _stream(table, lengths, active, seats, tl.minimum(z, streams - 1), at - begin, capacity,
+                                table_row, table_head, lengths_row, lengths_head, H, S, N)  # fmt: skip
     if EARLY:
         gdc_launch_dependents()  # the next kernel may come in; it waits for the end of this one as well
     # The first stream may have begun in the share before this one, the last one may go on in the next.
@@ -234,8 +246,8 @@ def attend(q, keys, values, log_weight, table, lengths, active, starts, shares, 
 
 
 @triton.jit(**ONE_CODE)
-def mass_received(q, keys, log_weight, table, lengths, active, starts, shares, lse, mass, scale, softcap, streams,
-                  capacity, q_row, q_head, table_row, table_head, lengths_row, lengths_head, H: tl.constexpr,
+def mass_received(q, keys, log_weight, table, lengths, active, seats, starts, shares, lse, mass, scale, softcap,
+                  streams, capacity, q_row, q_head, table_row, table_head, lengths_row, lengths_head, H: tl.constexpr,
                   G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
                   CHANNELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The walk of `attend` over keys alone: probabilities, from the sums that it left."""
@@ -245,8 +257,8 @@ def mass_received(q, keys, log_weight, table, lengths, active, starts, shares, l
     group, channels = tl.arange(0, GROUP), tl.arange(0, CHANNELS)
     seen = (group < G)[:, None] & (channels < D)[None, :]
     at = low
-    pages, length = _stream(table, lengths, active, z, at - begin, capacity, table_row, table_head, lengths_row,
-                            lengths_head, H, S, N)  # fmt: skip
+    pages, length = _stream(table, lengths, active, seats, z, at - begin, capacity, table_row, table_head,
+                            lengths_row, lengths_head, H, S, N)  # fmt: skip
     for _ in range(tiles):
         end = tl.minimum(stop, high)
         entries = (at - begin) * S + tl.arange(0, N)
@@ -263,5 +275,5 @@ def mass_received(q, keys, log_weight, table, lengths, active, starts, shares, l
         at = tl.minimum(at + N // S, end)
         z, begin = tl.where(at == stop, z + 1, z), tl.where(at == stop, stop, begin)
         stop = tl.load(starts + tl.minimum(z + 1, streams))
-        pages, length = _stream(table, lengths, active, tl.minimum(z, streams - 1), at - begin, capacity, table_row,
-                                table_head, lengths_row, lengths_head, H, S, N)  # fmt: skip
+        pages, length = _stream(table, lengths, active, seats, tl.minimum(z, streams - 1), at - begin, capacity,
+                                table_row, table_head, lengths_row, lengths_head, H, S, N)  # fmt: skip

@@ -24,6 +24,7 @@ COMBINED = 8192  # numbers of parts that are put together at a time
 def plan(
     lengths: Tensor,
     active: Tensor | None,
+    seats: Tensor | None,
     starts: Tensor,
     tiles: Tensor,
     shares: Tensor,
@@ -32,10 +33,10 @@ def plan(
     ahead: int,
 ) -> None:
     """`decode.plan`: lengths [R, L, H]; starts, tiles [L, Z + 1] and shares [L, programs, 8] are written."""
-    rows, layers, heads = lengths.shape
-    streams, programs = rows * heads, shares.shape[1]
+    _, layers, heads = lengths.shape
+    streams, programs = starts.shape[1] - 1, shares.shape[1]
     kernels.plan[(layers,)](
-        lengths, active, starts, tiles, shares, streams, ahead, streams.bit_length(), *lengths.stride(),
+        lengths, active, seats, starts, tiles, shares, streams, ahead, streams.bit_length(), *lengths.stride(),
         starts.stride(0), programs, heads, page_size, tile // page_size, PLAN_BLOCK,
         triton.next_power_of_2(programs), num_warps=8,
     )  # fmt: skip
@@ -50,6 +51,7 @@ def attend(
     page_table: Tensor,
     lengths: Tensor,
     active: Tensor | None,
+    seats: Tensor | None,
     starts: Tensor,
     shares: Tensor,
     arrivals: Tensor,
@@ -70,8 +72,8 @@ def attend(
     sizes, compiled_for = _sizes(q, key_pages, page_table, lengths, tile)
     pieces = COMBINED // (triton.next_power_of_2(group) * compiled_for["CHANNELS"])
     kernels.attend[(programs,)](
-        q, key_pages, value_pages, log_weight, page_table, lengths, active, starts, shares, arrivals, parts, peaks, out,
-        lse if with_lse else None, scale, softcap, *sizes, **compiled_for, PIECES=min(max(pieces, 2), 8),
+        q, key_pages, value_pages, log_weight, page_table, lengths, active, seats, starts, shares, arrivals, parts,
+        peaks, out, lse if with_lse else None, scale, softcap, *sizes, **compiled_for, PIECES=min(max(pieces, 2), 8),
         EARLY=early, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out, lse
@@ -79,8 +81,8 @@ def attend(
 
 @attend.register_fake
 def _(q: Tensor, key_pages: Any, value_pages: Any, log_weight: Any, page_table: Any, lengths: Any, active: Any,
-      starts: Any, shares: Any, arrivals: Any, scale: float, softcap: Any, tile: int, warps: int, stages: int,
-      early: bool, with_lse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+      seats: Any, starts: Any, shares: Any, arrivals: Any, scale: float, softcap: Any, tile: int, warps: int,
+      stages: int, early: bool, with_lse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty(q, with_lse)
 
 
@@ -92,6 +94,7 @@ def mass_received(
     page_table: Tensor,
     lengths: Tensor,
     active: Tensor | None,
+    seats: Tensor | None,
     starts: Tensor,
     shares: Tensor,
     lse: Tensor,
@@ -105,8 +108,8 @@ def mass_received(
     """Write to mass [P, S] what each entry received from the queries of its group: a second pass over the keys."""
     sizes, compiled_for = _sizes(q, key_pages, page_table, lengths, tile)
     kernels.mass_received[(shares.shape[0],)](
-        q, key_pages, log_weight, page_table, lengths, active, starts, shares, lse, mass, scale, softcap, *sizes,
-        **compiled_for, num_warps=warps, num_stages=stages,
+        q, key_pages, log_weight, page_table, lengths, active, seats, starts, shares, lse, mass, scale, softcap,
+        *sizes, **compiled_for, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -128,4 +131,4 @@ def _sizes(
         "GROUP": max(16, triton.next_power_of_2(group)), "CHANNELS": max(16, triton.next_power_of_2(channels)),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    return (lengths.numel(), page_table.shape[2], *strides), compiled_for
+    return (q.shape[0] * heads, page_table.shape[2], *strides), compiled_for

@@ -66,21 +66,28 @@ class Seen(NamedTuple):
 
 
 def plan(
-    pool: DevicePool, seats: Sequence[int], starts: Sequence[int], counts: Sequence[int], rotary: Rotary | None = None
+    pool: DevicePool,
+    seats: Sequence[int] | Tensor,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    rotary: Rotary | None = None,
 ) -> Chunks:
     """Say where the new tokens of some rows lie: one chunk after the other, counts[i] tokens each.
 
     Args:
-        seats: rows of the pool, each once. starts: positions of their first new tokens. Rows that start at 0 were
-            released before. counts: of new tokens; a chunk without any is idle.
+        seats: rows of the pool, each once; those of idle chunks are rows of the pool as well. A tensor [C] of integers
+            on the pool's device is copied, and not read from the host: nobody sees then if one is there twice.
+        starts: positions of their first new tokens. Rows that start at 0 were released before. counts: of new tokens; a
+            chunk without any is idle.
         rotary: how the model rotates keys, where entries merge.
 
     Raises:
         OptionError: two chunks of one row.
     """
-    if len(set(seats)) < len(seats):
+    known: Sequence[int] = [] if isinstance(seats, Tensor) else seats
+    if len(set(known)) < len(known):
         raise OptionError(
-            f"seats={list(seats)}: two chunks of one row would be written over each other. Pass one chunk a row."
+            f"seats={list(known)}: two chunks of one row would be written over each other. Pass one chunk a row."
         )
     device, delay = pool.key.device, 0 if pool.delay is None else pool.delay.tokens
     firsts = [max(0, start - delay) if count else start for start, count in zip(starts, counts, strict=True)]
@@ -88,13 +95,15 @@ def plan(
     new = list(accumulate(counts, initial=0))
     keys = list(accumulate((stop - first for first, stop in zip(firsts, stops, strict=True)), initial=0))
     room = -(-len(keys) // 4) * 4  # all four begin at multiples of 16 bytes
-    table = torch.tensor([[*x, *[0] * (room - len(x))] for x in (seats, starts, new, keys)], dtype=torch.int32)
+    table = torch.tensor([[*x, *[0] * (room - len(x))] for x in (known, starts, new, keys)], dtype=torch.int32)
     of_seats, of_starts, of_new, of_keys = _sent(table, device)
+    if isinstance(seats, Tensor):
+        of_seats[: len(starts)] = seats
     angles = None
     if rotary is not None and pool.delay is not None and pool.delay.merges:
         spans = [torch.arange(first, stop) for first, stop in zip(firsts, stops, strict=True)]
         angles = turn(_sent(torch.cat(spans), device), rotary, torch.float32)
-    size, rows = len(seats), Rows(of_new[: len(new)], of_keys[: len(keys)])
+    size, rows = len(starts), Rows(of_new[: len(new)], of_keys[: len(keys)])
     return Chunks(of_seats[:size], of_starts[:size], rows, keys[-1], angles)
 
 

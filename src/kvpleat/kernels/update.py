@@ -1,13 +1,14 @@
 """What a decode step does to a cache that lives on a device: pages taken, tokens written, entries that leave.
 
-Nothing here reads a tensor from the host where Triton runs, so that a step can be captured in a CUDA graph. A step is:
+Nothing here reads a tensor from the host where Triton runs, so that a step can be captured in a CUDA graph. A step is
+(n: rows of the batch; row i is row i of the pool or, where `seats` are given, row seats[i], and n may be any number):
 
     reserve_token(pool, positions, active)      once: the pages that this step can need, of all layers together
     step(pool, layer, ...) or append(...)       each layer: the new token goes in, what is due leaves or merges
     evict(pool, layer, keep, active)            each layer, at moments of policies that have them
     give_back(pool)                             once, after `evict`: pages that are no longer needed
 
-Pages are handed out by a prefix sum over the streams, in their order, so the same calls give the same pages.
+Pages are handed out by a prefix sum over the streams, in the batch's order, so the same calls give the same pages.
 
 **Running out of pages loses nothing.** `reserve_token` takes all pages of a step or none. If there are too few it sets
 `failed`, and from then on all of the above but `give_back` do nothing until somebody clears it: not in this step, nor
@@ -29,21 +30,25 @@ from kvpleat.kernels.reference import Turn
 from kvpleat.types import Delay, Marks
 
 
-def reserve_token(pool: DevicePool, positions: Tensor, active: Tensor) -> None:
+def reserve_token(pool: DevicePool, positions: Tensor, active: Tensor, seats: Tensor | None = None) -> None:
     """Take the pages that one more token of each active row can need, in all layers, or none and set `failed`.
 
     With a delay above 0 it is known who grows, and no page more is taken. Without, the gates have not spoken yet: a
     stream that is full gets a page, which it keeps for later if the token merges.
 
     Args:
-        positions: [R] int32 of the new tokens. active: [R] bool, rows that have one.
+        positions: [n] int32 of the new tokens. active: [n] bool, rows that have one.
+        seats: [n] int32 or int64, on the pool's device: the row of the pool that each row of the batch is, of active
+            rows each once, of the others any number. None: row i is row i.
     """
     if _on_gpu(pool):
         from kvpleat.kernels import update_triton
 
-        update_triton.reserve_token(pool, positions, active)
+        update_triton.reserve_token(pool, positions, active, seats)
     else:
-        _take(pool, _growth(pool, positions, active))
+        rows = torch.nonzero(active).flatten()
+        at = _seats(rows, seats)
+        _take(pool, _growth(pool, positions[rows], at), at)
 
 
 def reserve(pool: DevicePool, counts: Tensor) -> None:
@@ -53,22 +58,31 @@ def reserve(pool: DevicePool, counts: Tensor) -> None:
 
         update_triton.reserve(pool, counts)
     else:
-        _take(pool, counts)
+        _take(pool, counts, torch.arange(counts.shape[0], device=counts.device))
 
 
-def append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
+def append(
+    pool: DevicePool,
+    layer: int,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seats: Tensor | None = None,
+) -> None:
     """Put one token of each active row behind the entries of its streams, whose pages were reserved: without a page a
     kernel writes nothing and sets `failed`.
 
     Args:
-        positions: [R] int32 of the tokens. active: [R] bool. keys, values: [R, H, D], rotated.
+        positions: [n] int32 of the tokens. active: [n] bool. keys, values: [n, H, D], rotated.
+        seats: as in `reserve_token`.
     """
     if _on_gpu(pool):
         from kvpleat.kernels import update_triton
 
-        update_triton.append(pool, layer, positions, active, keys, values)
+        update_triton.append(pool, layer, positions, active, keys, values, seats)
     else:
-        _append(pool, layer, positions, active, keys, values)
+        _append(pool, layer, positions, active, keys, values, seats)
 
 
 def step(
@@ -80,22 +94,23 @@ def step(
     values: Tensor,
     said: Marks | Tensor,
     turn: Turn | None = None,
+    seats: Tensor | None = None,
 ) -> None:
     """Take in one token of each active row where entries leave one by one: `cache.delayed.step` for all rows at once.
 
     Args:
-        positions, active, keys, values: as in `append`.
-        said: marks [R, H] each, or what the gates put out, [outputs, R, H] float32: see `read_logits`.
-        turn: how keys are rotated at positions - W, [R, r / 2] float32 (`reference.turn`, once for all layers); None:
+        positions, active, keys, values, seats: as in `append`.
+        said: marks [n, H] each, or what the gates put out, [outputs, n, H] float32: see `read_logits`.
+        turn: how keys are rotated at positions - W, [n, r / 2] float32 (`reference.turn`, once for all layers); None:
             they are not, or nothing merges.
     """
     assert pool.ring is not None, "the pool was made without a delay"
     if _on_gpu(pool):
         from kvpleat.kernels import update_triton
 
-        update_triton.step(pool, layer, positions, active, keys, values, said, turn)
+        update_triton.step(pool, layer, positions, active, keys, values, said, turn, seats)
     else:
-        _step(pool, layer, positions, active, keys, values, said, turn)
+        _step(pool, layer, positions, active, keys, values, said, turn, seats)
 
 
 def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
@@ -159,19 +174,19 @@ def _on_gpu(pool: DevicePool) -> bool:
 # ---- what they compute
 
 
-def _growth(pool: DevicePool, positions: Tensor, active: Tensor) -> Tensor:
-    """[R, L, H] entries that one more token of each active row can add."""
-    grows = active[:, None, None].expand_as(pool.lengths)
+def _growth(pool: DevicePool, positions: Tensor, at: Tensor) -> Tensor:
+    """[r, L, H] entries that one more token of each of the pool's rows `at` [r] can add; positions: [r]."""
     if pool.ring is not None and pool.delay is not None and pool.delay.tokens:
-        oldest = _ages(pool.ring, positions)[1]
-        grows = grows & ~_at(pool.ring.marked, oldest)
-    return grows.int()
+        return (~pool.ring.marked[at, :, :, _ages(pool.ring, positions)[1]]).int()
+    return torch.ones_like(pool.lengths[at])
 
 
-def _take(pool: DevicePool, counts: Tensor) -> None:
-    missing = (_pages(pool, pool.lengths + counts) - pool.num_pages).clamp(min=0)
+def _take(pool: DevicePool, counts: Tensor, at: Tensor) -> None:
+    """Pages for counts [r, L, H] more entries of the pool's rows `at` [r], in their order."""
+    have = pool.num_pages[at]
+    missing = (_pages(pool, pool.lengths[at] + counts) - have).clamp(min=0)
     limit = pool.page_table.shape[-1]
-    too_long = (pool.num_pages + missing > limit).flatten(1).any(1)
+    too_long = (have + missing > limit).flatten(1).any(1)
     # A stream that outgrows its line of the table asks for more than there is.
     wanted = int(torch.where(too_long, pool.holders.numel() + 1, missing.flatten(1).sum(1)).sum())
     free = int(pool.free_count)
@@ -180,12 +195,13 @@ def _take(pool: DevicePool, counts: Tensor) -> None:
     if wanted > free:
         pool.failed.fill_(wanted - free)
         return
-    number = torch.arange(limit, device=missing.device) - pool.num_pages[..., None]
+    number = torch.arange(limit, device=missing.device) - have[..., None]
     new = (number >= 0) & (number < missing[..., None])
     pages = pool.free_pages[(free - 1 - _before(missing)[..., None] - number)[new]]
-    pool.page_table[new] = pages
+    row, *place = torch.nonzero(new, as_tuple=True)
+    pool.page_table[(at[row], *place)] = pages
     pool.holders[pages.long()] = 1
-    pool.num_pages.add_(missing)
+    pool.num_pages[at] += missing
     pool.free_count.sub_(wanted)
 
 
@@ -214,14 +230,23 @@ def _leave(pool: DevicePool, rows: Tensor) -> None:
         pool.num_pages[row] = last.sum(-1, dtype=torch.int32)
 
 
-def _append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
+def _append(
+    pool: DevicePool,
+    layer: int,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seats: Tensor | None,
+) -> None:
     rows = _acting(pool, active)
+    at = _seats(rows, seats)
     new = {"position": positions[rows, None], "log_weight": 0.0, "score": float("nan")}
-    slots = _slots(pool, layer, rows, pool.lengths[rows, layer])
+    slots = _slots(pool, layer, at, pool.lengths[at, layer])
     _write(pool, slots, keys[rows], values[rows])
     for name in pool.shape.fields:
         _flat(pool.arrays[name])[slots] = new[name]  # type: ignore[assignment]  # tensor or number, both are allowed
-    pool.lengths[rows, layer] += 1
+    pool.lengths[at, layer] += 1
 
 
 def _step(
@@ -233,10 +258,12 @@ def _step(
     values: Tensor,
     said: Marks | Tensor,
     turn: Turn | None,
+    seats: Tensor | None,
 ) -> None:
     ring, delay, rows = pool.ring, pool.delay, _acting(pool, active)
     assert ring is not None
     assert delay is not None
+    at = _seats(rows, seats)
     marks = (read_logits(said, delay) if isinstance(said, Tensor) else said).each(lambda x: x[rows])
     marks = marks._replace(marked=marks.marked & (positions[rows] > delay.sinks)[:, None])
     keys, values = keys[rows], values[rows]
@@ -244,14 +271,14 @@ def _step(
     due = marks  # of the token that is W tokens old now
     if delay.tokens:
         stored = Marks(ring.marked, ring.log_carry, ring.weight)
-        due = stored.each(lambda x: x[rows, layer, :, oldest])
-    leaving = ring.slots[rows, layer, :, newest]
-    index = torch.where(due.marked, leaving, pool.lengths[rows, layer])
+        due = stored.each(lambda x: x[at, layer, :, oldest])
+    leaving = ring.slots[at, layer, :, newest]
+    index = torch.where(due.marked, leaving, pool.lengths[at, layer])
     for name, new in {"slots": index, **marks._asdict()}.items():
         if getattr(ring, name) is not None:
-            getattr(ring, name)[rows, layer, :, newest] = new
-    pool.lengths[rows, layer] += (~due.marked).int()
-    slots = _slots(pool, layer, rows, index)
+            getattr(ring, name)[at, layer, :, newest] = new
+    pool.lengths[at, layer] += (~due.marked).int()
+    slots = _slots(pool, layer, at, index)
     if delay.tokens or not delay.merges:
         _write(pool, slots, keys, values)
     if not delay.merges:
@@ -260,11 +287,12 @@ def _step(
     if delay.tokens:
         if delay.log_size:
             _flat(pool.arrays["log_weight"])[slots] = 0.0
-        joined = ring.slots[rows, layer, :, oldest]
+        joined = ring.slots[at, layer, :, oldest]
         joins = joined != EMPTY
-        slots = _slots(pool, layer, rows, joined.clamp(min=0))
+        slots = _slots(pool, layer, at, joined.clamp(min=0))
         keys, values = _flat(pool.key)[slots], _flat(pool.value)[slots]
-    _join(pool, layer, rows, joins, slots, keys, values, due, turn)
+    its = None if turn is None else Turn(*(x[rows, None, None] for x in turn))
+    _join(pool, layer, at, joins, slots, keys, values, due, its)
 
 
 def _join(
@@ -278,7 +306,10 @@ def _join(
     due: Marks,
     turn: Turn | None,
 ) -> None:
-    """Each token [r, H] that `joins` says takes over what is left of the group before it."""
+    """Each token [r, H] that `joins` says takes over what is left of the group before it.
+
+    rows: [r] of the pool. turn: of these, [r, 1, 1, channels / 2].
+    """
     ring, delay = pool.ring, pool.delay
     assert ring is not None
     assert delay is not None
@@ -290,8 +321,6 @@ def _join(
         torch.where(goes_on[..., None], ring.members[rows, layer], 0.0),
         torch.where(goes_on, ring.member_carry[rows, layer], 0.0),
     )
-    if turn is not None:
-        turn = Turn(*(x[rows, None, None] for x in turn))
     carry = torch.where(due.marked, due.log_carry, -torch.inf)[..., None]
     weight = None if due.weight is None else due.weight[..., None]
     tokens = keys[..., None, :], values[..., None, :]
@@ -326,15 +355,15 @@ def _acting(pool: DevicePool, active: Tensor) -> Tensor:
     return torch.nonzero(active & (pool.failed == 0)).flatten()
 
 
+def _seats(rows: Tensor, seats: Tensor | None) -> Tensor:
+    """[r] the pool's rows that rows of the batch are."""
+    return rows if seats is None else seats[rows].long()
+
+
 def _ages(ring: Ring, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """[R] each: where in the ring new tokens go, and where those W tokens before them stand."""
+    """[n] each: where in the ring new tokens go, and where those W tokens before them stand."""
     size = ring.slots.shape[-1]
     return positions.long() % size, (positions.long() + 1) % size
-
-
-def _at(tensor: Tensor, index: Tensor) -> Tensor:
-    """[R, L, H] of a ring's tensor, at one place [R] of each row."""
-    return tensor.gather(-1, index[:, None, None, None].expand(*tensor.shape[:3], 1))[..., 0]
 
 
 def _slots(pool: DevicePool, layer: int, rows: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernels of `update_triton`: what one program computes.
+"""The Triton kernels of `update_triton`: what one program computes. Those that hand out pages: update_pages_triton.py.
 
 A state that a program reads and then changes (a length, a place in the ring) may be read by several warps of it, so a
 barrier stands between its last read and its first change. Programs change different streams, and no program reads what
@@ -9,124 +9,25 @@ another one changes in the same launch: the order of programs is of no consequen
 import triton
 import triton.language as tl
 
-TOKEN, COUNTS, GIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which pages change hands, and why
 EMPTY, FREE = tl.constexpr(-1), tl.constexpr(-1)  # as in device_pool.py
 LEAST_WEIGHT = tl.constexpr(1e-20)  # as in pooling.py
-MOST = tl.constexpr(2**31 - 1)
-
-# ---- pages
-
-
-@triton.jit
-def _change(lengths, num_pages, marked, counts, positions, active, row, stream, streams,
-            RING: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
-    """How many pages streams of a row take or give back, and how many they have."""
-    inside = stream < streams
-    at = row * streams + stream
-    length = tl.load(lengths + at, mask=inside, other=0)
-    have = tl.load(num_pages + at, mask=inside, other=0)
-    if MODE == GIVE:
-        more = 0 * length
-    elif MODE == COUNTS:
-        more = tl.load(counts + at, mask=inside, other=0)
-    else:
-        more = tl.where(inside, tl.load(active + row).to(tl.int32), 0)
-        if RING > 1:  # what is due now was marked earlier
-            oldest = (tl.load(positions + row) + 1) % RING
-            due = tl.load(marked + (row * RING + oldest) * streams + stream, mask=inside, other=0)
-            more = tl.where(due != 0, 0, more)
-    missing = (length + more + S - 1) // S - have
-    return tl.maximum(-missing if MODE == GIVE else missing, 0), have
-
-
-@triton.jit
-def count(lengths, num_pages, marked, counts, positions, active, row_pages, streams, M, P,
-          RING: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Pages that each row takes or gives back."""
-    row = tl.program_id(0).to(tl.int64)
-    total, longest = 0, 0
-    for start in range(0, streams, BLOCK):
-        stream = start + tl.arange(0, BLOCK)
-        change, have = _change(
-            lengths, num_pages, marked, counts, positions, active, row, stream, streams, RING, S, MODE
-        )
-        total += tl.sum(change)
-        longest = tl.maximum(longest, tl.max(have + change))
-    if MODE != GIVE:  # a stream that outgrows its line of the table asks for more than there is
-        total = tl.where(longest > M, P + 1, total)
-    tl.store(row_pages + row, total)
-
-
-@triton.jit
-def share(row_pages, free_count, failed, R, ROWS: tl.constexpr, MODE: tl.constexpr):
-    """Where each row's share of the free pages lies: below it those to take, above it the room for those given back."""
-    rows = tl.arange(0, ROWS)
-    pages = tl.load(row_pages + rows, mask=rows < R, other=0).to(tl.int64)
-    free, short = tl.load(free_count), tl.load(failed)
-    before, total = tl.cumsum(pages, 0) - pages, tl.sum(pages)
-    tl.debug_barrier()
-    if MODE == GIVE:
-        tl.store(row_pages + rows, (free + before).to(tl.int32), mask=rows < R)
-        tl.store(free_count, (free + total).to(tl.int32))
-    else:
-        missing = tl.minimum(tl.maximum(total - free, 0), MOST).to(tl.int32)
-        short = tl.where(short != 0, short, missing)
-        tl.store(failed, short)
-        tl.store(row_pages + rows, (free - before).to(tl.int32), mask=rows < R)
-        tl.store(free_count, tl.where(short != 0, free, free - total).to(tl.int32))
-
-
-@triton.jit
-def settle(lengths, num_pages, marked, counts, positions, active, row_pages, free_pages, page_table, holders, failed,
-           streams, M, RING: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
-           J: tl.constexpr):  # fmt: skip
-    """The pages of each row change hands, J of each stream at a time."""
-    row = tl.program_id(0).to(tl.int64)
-    base = tl.load(row_pages + row)
-    going = 1 if MODE == GIVE else (tl.load(failed) == 0).to(tl.int32)
-    for start in range(0, streams, BLOCK):
-        stream = start + tl.arange(0, BLOCK)
-        change, have = _change(
-            lengths, num_pages, marked, counts, positions, active, row, stream, streams, RING, S, MODE
-        )
-        change *= going
-        before = tl.cumsum(change, 0) - change
-        line = page_table + (row * streams + stream)[:, None] * M
-        for first in range(0, tl.max(change), J):
-            number = first + tl.arange(0, J)[None, :]
-            mask = number < change[:, None]
-            if MODE == GIVE:
-                at = line + have[:, None] - 1 - number
-                page = tl.load(at, mask=mask, other=0)
-                tl.debug_barrier()
-                tl.store(free_pages + base + before[:, None] + number, page, mask=mask)
-                tl.store(at, tl.full(page.shape, FREE, tl.int32), mask=mask)
-                tl.store(holders + page, tl.zeros(page.shape, tl.int32), mask=mask)
-            else:
-                page = tl.load(free_pages + base - 1 - before[:, None] - number, mask=mask, other=0)
-                tl.store(line + have[:, None] + number, page, mask=mask)
-                tl.store(holders + page, tl.full(page.shape, 1, tl.int32), mask=mask)
-        total = tl.sum(change)
-        tl.debug_barrier()
-        if MODE == GIVE:
-            tl.store(num_pages + row * streams + stream, have - change, mask=stream < streams)
-            base += total
-        else:
-            tl.store(num_pages + row * streams + stream, have + change, mask=stream < streams)
-            base -= total
-
 
 # ---- one token of every row: all that can be read is read before anything is written, so that reads overlap
 
 
 @triton.jit
-def _streams(active, failed, R, H: tl.constexpr, B: tl.constexpr):
-    """B streams of a layer: their rows, heads, which of them there are, and which take in a token."""
+def _streams(seats, active, failed, R, H: tl.constexpr, B: tl.constexpr):
+    """B streams of a layer: rows of the batch, rows of the pool, heads, which of them there are, and which take in a
+    token. Rows of the pool are those of the batch or, with seats, these: 0 of a row without a token."""
     stream = tl.program_id(0) * B + tl.arange(0, B)
     row, inside = stream // H, stream < R * H
     on = inside & (tl.load(active + row, mask=inside, other=0) != 0)
     on = on & (tl.load(failed + 0 * row, mask=inside, other=1) == 0)
-    return row.to(tl.int64), stream % H, inside, on
+    row = row.to(tl.int64)
+    seat = row
+    if seats is not None:
+        seat = tl.where(on, tl.load(seats + row, mask=inside, other=0), 0).to(tl.int64)
+    return row, seat, stream % H, inside, on
 
 
 @triton.jit
@@ -140,10 +41,10 @@ def _slot(page_table, failed, at, index, on, M, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer"])
 def append(key, value, position, log_weight, score, page_table, lengths, failed, new_key, new_value, positions, active,
-           layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-           CHANNELS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    row, head, inside, on = _streams(active, failed, R, H, B)
-    at = (row * L + layer) * H + head
+           seats, layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr,
+           D: tl.constexpr, CHANNELS: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    row, seat, head, inside, on = _streams(seats, active, failed, R, H, B)
+    at = (seat * L + layer) * H + head
     channels = tl.arange(0, CHANNELS)[None, :]
     wide = inside[:, None] & (channels < D)
     keys = tl.load(new_key + (row * key_row + head * key_head)[:, None] + channels, mask=wide, other=0.0)
@@ -187,12 +88,12 @@ def _read(said, said_carry, said_weight, at, number, on, MERGES: tl.constexpr, W
 @triton.jit(do_not_specialize=["layer"])
 def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log_carry, weight, members, member_carry,
          new_key, new_value, cos, sin, said, said_carry, said_weight, positions, active,
-         layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-         CHANNELS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, RING: tl.constexpr,
-         SINKS: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr, MERGES: tl.constexpr,
-         WEIGHS: tl.constexpr, LOGITS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    row, head, inside, on = _streams(active, failed, R, H, B)
-    at = (row * L + layer) * H + head
+         seats, layer, R, L, M, key_row, key_head, value_row, value_head, H: tl.constexpr, S: tl.constexpr,
+         D: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+         RING: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, KNOWN: tl.constexpr, SUMS: tl.constexpr,
+         MERGES: tl.constexpr, WEIGHS: tl.constexpr, LOGITS: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    row, seat, head, inside, on = _streams(seats, active, failed, R, H, B)
+    at = (seat * L + layer) * H + head
     channels = tl.arange(0, CHANNELS)[None, :]
     from_key, from_value = row * key_row + head * key_head, row * value_row + head * value_head
     if RING > 1 or not MERGES:
@@ -203,8 +104,8 @@ def step(key, value, log_weight, page_table, lengths, failed, slots, marked, log
     length = tl.load(lengths + at, mask=inside, other=0)
     mark, carry, share = _read(said, said_carry, said_weight, row * H + head, R * H, inside, MERGES, WEIGHS, LOGITS)
     mark = mark & (now > SINKS)
-    newest = ((row * RING + now % RING) * L + layer) * H + head
-    oldest = ((row * RING + (now + 1) % RING) * L + layer) * H + head
+    newest = ((seat * RING + now % RING) * L + layer) * H + head
+    oldest = ((seat * RING + (now + 1) % RING) * L + layer) * H + head
     due, due_carry, due_weight = mark, carry, share  # of the token that is W tokens old now
     if RING > 1:
         due = tl.load(marked + oldest, mask=on, other=0) != 0

@@ -1,4 +1,5 @@
-"""`kernels.update` in Triton: what is launched. The kernels are in update_kernels_triton.py.
+"""`kernels.update` in Triton: what is launched. The kernels are in update_kernels_triton.py, those that hand out pages
+in update_pages_triton.py.
 
 Every launch follows from sizes alone, so that a CUDA graph can hold it. Tensors of a pool are laid out as `new_pool`
 made them; keys and values of new tokens may be views with any strides over rows and heads.
@@ -11,6 +12,7 @@ import triton
 from torch import Tensor
 
 from kvpleat.kernels import update_kernels_triton as kernels
+from kvpleat.kernels import update_pages_triton as pages
 from kvpleat.kernels.device_pool import DevicePool
 from kvpleat.kernels.reference import Turn
 from kvpleat.types import Marks
@@ -23,28 +25,37 @@ MOVED = 16  # entries that one program moves at a time
 MOVERS = 4  # programs that move entries of one stream
 
 
-def reserve_token(pool: DevicePool, positions: Tensor, active: Tensor) -> None:
+def reserve_token(pool: DevicePool, positions: Tensor, active: Tensor, seats: Tensor | None = None) -> None:
     """`update.reserve_token`; arguments as there."""
-    _change_pages(pool, kernels.TOKEN.value, None, positions, _bytes(active))
+    _change_pages(pool, pages.TOKEN.value, positions=positions, active=_bytes(active), seats=seats)
 
 
 def reserve(pool: DevicePool, counts: Tensor) -> None:
     """`update.reserve`; arguments as there."""
-    _change_pages(pool, kernels.COUNTS.value, counts.contiguous(), None, None)
+    _change_pages(pool, pages.COUNTS.value, counts.contiguous())
 
 
 def give_back(pool: DevicePool) -> None:
     """`update.give_back`; arguments as there."""
-    _change_pages(pool, kernels.GIVE.value, None, None, None)
+    _change_pages(pool, pages.GIVE.value)
 
 
-def append(pool: DevicePool, layer: int, positions: Tensor, active: Tensor, keys: Tensor, values: Tensor) -> None:
+def append(
+    pool: DevicePool,
+    layer: int,
+    positions: Tensor,
+    active: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seats: Tensor | None = None,
+) -> None:
     """`update.append`; arguments as there."""
-    rows, layers, heads, limit = pool.page_table.shape
+    rows = active.shape[0]
+    _, layers, heads, limit = pool.page_table.shape
     keys, values = _readable(keys), _readable(values)
     kernels.append[(triton.cdiv(rows * heads, STREAMS),)](
-        *_arrays(pool), pool.page_table, pool.lengths, pool.failed, keys, values, positions, _bytes(active), layer,
-        rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads, **_channels(pool), B=STREAMS,
+        *_arrays(pool), pool.page_table, pool.lengths, pool.failed, keys, values, positions, _bytes(active), seats,
+        layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads, **_channels(pool), B=STREAMS,
         num_warps=WARPS)  # fmt: skip
 
 
@@ -57,12 +68,14 @@ def step(
     values: Tensor,
     said: Marks | Tensor,
     turn: Turn | None,
+    seats: Tensor | None = None,
 ) -> None:
     """`update.step`; arguments as there."""
     ring, delay = pool.ring, pool.delay
     assert ring is not None
     assert delay is not None
-    rows, layers, heads, limit = pool.page_table.shape
+    rows = active.shape[0]
+    _, layers, heads, limit = pool.page_table.shape
     keys, values = _readable(keys), _readable(values)
     logits = isinstance(said, Tensor)
     told = (said.contiguous(), None, None) if isinstance(said, Tensor) else _contiguous(_bytes(said.marked), *said[1:])
@@ -74,7 +87,7 @@ def step(
     kernels.step[(triton.cdiv(rows * heads, streams),)](
         pool.key, pool.value, pool.arrays["log_weight"] if delay.log_size else None, pool.page_table, pool.lengths,
         pool.failed, ring.slots, _bytes(ring.marked), *ring[2:], keys, values, cos, sin, *told, positions,
-        _bytes(active), layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads,
+        _bytes(active), seats, layer, rows, layers, limit, *keys.stride()[:2], *values.stride()[:2], H=heads,
         **_channels(pool), HALF=half, PAIRS=_power(half), REST=_power(rest),
         RING=delay.tokens + 1, SINKS=delay.sinks, WIDTH=width, KNOWN=known, SUMS=delay.look_back is None,
         MERGES=delay.merges, WEIGHS=delay.weighs, LOGITS=logits, B=streams, num_warps=WARPS)  # fmt: skip
@@ -96,22 +109,30 @@ def evict(pool: DevicePool, layer: int, keep: Tensor, active: Tensor) -> None:
 
 
 def _change_pages(
-    pool: DevicePool, mode: int, counts: Tensor | None, positions: Tensor | None, active: Tensor | None
+    pool: DevicePool,
+    mode: int,
+    counts: Tensor | None = None,
+    positions: Tensor | None = None,
+    active: Tensor | None = None,
+    seats: Tensor | None = None,
 ) -> None:
     """Three launches: what each row takes or gives back, where its share of the free pages lies, and the exchange."""
     rows, layers, heads, limit = pool.page_table.shape
-    streams = layers * heads
+    streams, row_pages = layers * heads, pool.row_pages
+    if seats is not None:  # a batch may have more rows than the pool
+        rows = seats.shape[0]
+        row_pages = torch.empty(rows, dtype=torch.int32, device=seats.device)
     block = min(COUNTED, triton.next_power_of_2(streams))
     marked = None if pool.ring is None else _bytes(pool.ring.marked)
-    ring = 1 if pool.ring is None or mode != kernels.TOKEN.value else pool.ring.slots.shape[-1]
-    looked_at = (pool.lengths, pool.num_pages, marked, counts, positions, active, pool.row_pages)
+    ring = 1 if pool.ring is None or mode != pages.TOKEN.value else pool.ring.slots.shape[-1]
+    looked_at = (pool.lengths, pool.num_pages, marked, counts, positions, active, seats, row_pages)
     options = {"RING": ring, "S": pool.shape.page_size, "MODE": mode, "BLOCK": block}
-    kernels.count[(rows,)](*looked_at, streams, limit, pool.holders.numel(), **options)
-    kernels.share[(1,)](
-        pool.row_pages, pool.free_count, pool.failed, rows, ROWS=triton.next_power_of_2(rows), MODE=mode)  # fmt: skip
-    kernels.settle[(rows,)](
+    pages.count[(rows,)](*looked_at, streams, limit, pool.holders.numel(), **options)
+    pages.share[(1,)](
+        row_pages, pool.free_count, pool.failed, rows, ROWS=triton.next_power_of_2(rows), MODE=mode)  # fmt: skip
+    pages.settle[(rows,)](
         *looked_at, pool.free_pages, pool.page_table, pool.holders, pool.failed, streams, limit, **options,
-        J=1 if mode == kernels.TOKEN.value else 16)  # fmt: skip
+        J=1 if mode == pages.TOKEN.value else 16)  # fmt: skip
 
 
 def _arrays(pool: DevicePool) -> tuple[Tensor | None, ...]:
