@@ -17,6 +17,7 @@ from kvpleat.types import Delay, Marks
 from tests.kernels.test_decode import Problem, lengths
 from tests.kernels.test_update import DELAYS, HEADS, LAYERS, check_same, everything, make_pool, make_shape, rotary_of
 
+pytest.importorskip("triton")  # conftest.py has it interpreted where there is no GPU
 ROWS, CHANNELS, HALF = 4, 5, 2
 KINDS = ["dms 5", "dms 0", "fold 1", "fold 5", "dmc", "dmc of three", "late, of two"]
 
@@ -261,3 +262,13 @@ def test_chunks_of_seats_on_the_device(wide: torch.dtype) -> None:
     ):
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs)
+
+
+def test_checks_of_the_bench_pass() -> None:
+    """What the GPU's script checks first, at sizes for the interpreter."""
+    from kvpleat.bench import kernels_seats
+    from kvpleat.bench.kernel_timing import Machine
+
+    checks = list(kernels_seats.check(Machine(torch.device("cpu"), quick=True)))
+    assert len(checks) == 2
+    assert [check for check in checks if not check.passed] == []

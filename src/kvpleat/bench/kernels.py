@@ -32,10 +32,12 @@ def all_cases() -> list[Cases]:
         kernels_gate,
         kernels_prefill,
         kernels_sampling,
+        kernels_seats,
         kernels_update,
     )
 
-    modules = kernels_decode, kernels_prefill, kernels_update, kernels_extend, kernels_sampling, kernels_gate
+    caches = kernels_decode, kernels_prefill, kernels_update, kernels_extend, kernels_seats
+    modules = *caches, kernels_sampling, kernels_gate
     return [module.CASES for module in modules]
 
 
