@@ -1,0 +1,232 @@
+"""vLLM's model classes with kvpleat's cache: `KvpleatLlamaForCausalLM` is vLLM's `LlamaForCausalLM`, and so on.
+
+Made of vLLM's own class when vLLM asks for the name. After its layers were built, each attention layer gets our
+backend; the first one of a worker stands for the cache of all of them (vLLM's own way to share a cache between
+layers); and a hook before each attention block asks the gates about the hidden states that go in.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models import ModelRegistry
+
+from kvpleat.errors import OptionError, UnsupportedError
+from kvpleat.hf import families
+from kvpleat.kernels import gate
+from kvpleat.policies import Gates
+from kvpleat.policies.lora import LoraWeights
+from kvpleat.types import Delay, KVShape, Rotary
+from kvpleat.vllm.backend import PleatedBackend, PleatedImpl
+from kvpleat.vllm.cache import PleatedSpec
+from kvpleat.vllm.memory import Memory
+from kvpleat.vllm.settings import ARCHITECTURES, PREFIX, Settings, check
+
+
+def __getattr__(name: str) -> Any:
+    """The class of that name."""
+    original = name.removeprefix(PREFIX)
+    if not name.startswith(PREFIX) or original not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = made = pleated(ModelRegistry._try_load_model_cls(original), name)
+    return made
+
+
+def pleated(base: Any, name: str) -> type[nn.Module]:
+    """A class of vLLM's with kvpleat's cache."""
+
+    def start(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        check(vllm_config)
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        self.kvpleat = _attach(self, vllm_config)
+
+    def load_weights(self: Any, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        return base.load_weights(self, _adapted(weights, self.kvpleat))
+
+    return type(name, (base,), {"__init__": start, "load_weights": load_weights, "__module__": __name__})
+
+
+def _attach(model: nn.Module, vllm_config: Any) -> LoraWeights | None:
+    """Give a model's attention layers our cache. Returns what is added to the weights when they are loaded."""
+    config = vllm_config.model_config.hf_text_config
+    settings = Settings.of(vllm_config.model_config.hf_config)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
+    _refuse(layers, config)
+    policy, gates, delay = settings.policy, None, settings.delay
+    if policy is not None:
+        policy = policy.for_model(_base(config))
+        gates, delay = policy.gates, policy.delayed  # type: ignore[attr-defined]
+        assert isinstance(gates, Gates)
+        if gates.borrowed is not None:
+            raise UnsupportedError(f"{gates!r} are channels of the model; inside vLLM gates have weights of their own.")
+    assert delay is not None
+    first: Any = next(iter(layers.values()))
+    device = next(model.parameters()).device
+    depth = -(-int(config.num_hidden_layers) // get_pp_group().world_size)
+    shape = KVShape(
+        depth, first.num_kv_heads, first.num_heads, first.head_size, vllm_config.model_config.dtype,
+        vllm_config.cache_config.block_size, fields=("log_weight",) if delay.log_size else (),
+    )  # fmt: skip
+    scheduler, length = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [1]
+    memory = Memory(
+        shape, delay, scheduler.max_num_seqs, max(*sizes, scheduler.max_num_seqs), length,
+        scheduler.max_num_batched_tokens + max(sizes), gates.config.outputs if gates else 0,
+        _rotary(config) if delay.merges else None, device,
+    )  # fmt: skip
+    spec = PleatedSpec(
+        block_size=shape.page_size, num_kv_heads=shape.num_streams, head_size=memory.entry_bytes, dtype=torch.uint8,
+        waiting=delay.tokens + 1 + delay.sinks, ratio=_ratio(gates, delay, length),
+        seats=scheduler.max_num_seqs, chunk=scheduler.max_num_batched_tokens,
+    )  # fmt: skip
+    for place, (name, layer) in enumerate(layers.items()):
+        _join(layer, memory, place, place + 1 == len(layers))
+        if gates is not None:
+            block = model.get_submodule(name.rpartition(".")[0])
+            index = _number(name)
+            block.register_forward_pre_hook(_asking(gates, index, memory, block), with_kwargs=True)
+        if place:
+            layer.kv_sharing_target_layer_name = first.layer_name
+    first.get_kv_cache_spec = lambda vllm_config: spec
+    return gates.adapter if gates is not None else None
+
+
+def _join(layer: Any, memory: Memory, place: int, is_last: bool) -> None:
+    """Replace a layer's backend by ours."""
+    old = layer.impl
+    layer.attn_backend = PleatedBackend
+    softcap = getattr(old, "logits_soft_cap", None)
+    layer.impl = PleatedImpl(
+        layer.num_heads, layer.head_size, old.scale, layer.num_kv_heads, logits_soft_cap=softcap,
+        kv_cache_dtype=layer.kv_cache_dtype,
+    )  # fmt: skip
+    layer.impl.join(memory, place, is_last)
+
+
+def _number(name: str) -> int:
+    """The number in a layer's name: model.layers.7.self_attn.attn is 7."""
+    return int(next(part for part in name.split(".") if part.isdigit()))
+
+
+def _refuse(layers: dict[str, Any], config: Any) -> None:
+    if not layers:
+        raise UnsupportedError("The model has no attention layers on this worker, so there is nothing to compress.")
+    for name, layer in layers.items():
+        if layer.sliding_window is not None:
+            raise UnsupportedError(
+                f"{name} has a sliding window of {layer.sliding_window} tokens of the model's own, which kvpleat does "
+                "not serve inside vLLM; kvpleat.LLM does. Pass --hf-overrides '{\"use_sliding_window\": false}' if the "
+                "model does not need it."
+            )
+        if layer.has_sink:
+            raise UnsupportedError(f"{name} has attention sinks of the model's own, which kvpleat does not know.")
+
+
+def _ratio(gates: Gates | None, delay: Delay, length: int) -> float:
+    """Tokens for one entry, beyond those that wait."""
+    return gates.config.ratio if gates is not None else float(max(1, length))
+
+
+def _base(config: Any) -> dict[str, Any]:
+    """What `families.base_of` says of the same model in transformers."""
+    heads = int(config.num_attention_heads)
+    return {
+        "family": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_q_heads": heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _rotary(config: Any) -> Rotary | None:
+    """How the model rotates its keys; None: it does not."""
+    if config.model_type == "gpt2":
+        return None
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    module: Any = LlamaRotaryEmbedding(config)
+    if module.rope_type not in families.MOVABLE_ROPE:
+        raise UnsupportedError(
+            f"rope_type {module.rope_type!r} rotates a key by an angle that depends on the length of the text, so a "
+            f"stored key cannot be merged. Supported: {', '.join(sorted(families.MOVABLE_ROPE))}."
+        )
+    return Rotary(module.inv_freq.detach().float())
+
+
+def _asking(gates: Gates, index: int, memory: Memory, block: nn.Module) -> Any:
+    """A hook before an attention block: what its gates say of the hidden states, for the attention in it."""
+    config = gates.config
+    outer: Any = gates.outer[index]
+    heads = _own_heads(config.num_kv_heads)
+    weight = outer.weight.detach().view(config.outputs, config.num_kv_heads, -1)[:, heads].flatten(0, 1)
+    bias = outer.bias.detach().view(config.outputs, config.num_kv_heads)[:, heads].flatten()
+    device = memory.device
+    tensors = {"weight": weight, "bias": bias}
+    if len(gates.inner):
+        inner: Any = gates.inner[index]
+        tensors |= {"inner_weight": inner.weight.detach(), "inner_bias": inner.bias.detach()}
+    for name, tensor in tensors.items():
+        block.register_buffer(f"kvpleat_{name}", tensor.float().contiguous().to(device), persistent=False)
+    said, scale, outputs, inside = memory.said, config.scale, config.outputs, bool(len(gates.inner))
+
+    def ask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[-1]
+        if inside:
+            hidden = nn.functional.linear(hidden.float(), module.kvpleat_inner_weight, module.kvpleat_inner_bias)
+            hidden = nn.functional.silu(hidden)
+        torch.ops.kvpleat.ask(hidden, module.kvpleat_weight, module.kvpleat_bias, said, scale, outputs)
+
+    return ask
+
+
+def _own_heads(heads: int) -> slice:
+    """KV heads of this worker: a share, or one of them where there are more workers than heads."""
+    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    share = max(1, heads // size)
+    start = rank * heads // size
+    return slice(start, start + share)
+
+
+@torch.library.custom_op("kvpleat::ask", mutates_args=("said",))
+def _ask(hidden: Tensor, weight: Tensor, bias: Tensor, said: Tensor, scale: float, outputs: int) -> None:
+    """Write what gates say of tokens [T, C] into the first T rows of said [outputs, rows, H]."""
+    logits = gate.logits(hidden[None], weight, bias, scale, outputs)
+    said[:, : hidden.shape[0]] = logits[:, 0].transpose(1, 2)
+
+
+@_ask.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, said: Tensor, scale: float, outputs: int) -> None:
+    return
+
+
+def _adapted(weights: Iterable[tuple[str, Tensor]], lora: LoraWeights | None) -> Iterable[tuple[str, Tensor]]:
+    """The checkpoint's weights, with the gates' LoRA added.
+
+    Raises:
+        OptionError: weights that the LoRA changes are not in the checkpoint as they are: it is quantised, or another's.
+    """
+    if lora is None:
+        yield from weights
+        return
+    left = dict(lora.pairs)
+    for name, tensor in weights:
+        pair = left.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+        yield name, tensor if pair is None else _sum(tensor, *pair, lora.scale)
+    if left:
+        raise OptionError(
+            f"The gates' LoRA changes {next(iter(left))} and {len(left) - 1} more, which the checkpoint does not have "
+            "as plain weights: it is quantised, or another model. Merge the LoRA before the model is quantised."
+        )
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    added = scale * (b.float() @ a.float())
+    if added.shape != weight.shape:  # a Conv1D, as in GPT-2
+        added = added.T
+    return (weight.float() + added.to(weight.device)).to(weight.dtype)

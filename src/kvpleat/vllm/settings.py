@@ -1,0 +1,132 @@
+"""What a user of vLLM asks kvpleat for, and what cannot work.
+
+    vllm serve MODEL --hf-overrides '{"architectures": ["KvpleatLlamaForCausalLM"],
+                                      "kvpleat": {"policy": "dms", "ratio": 4}}'
+                     --kv-transfer-config '{"kv_connector": "KvpleatConnector", "kv_role": "kv_both"}'
+
+`kvpleat serve MODEL --policy dms --ratio 4` makes that command.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kvpleat.errors import OptionError, UnsupportedError
+from kvpleat.policies import Policy, from_dict
+from kvpleat.types import PAGE_SIZES, Delay
+
+KEY = "kvpleat"  # of the model's config
+CONNECTOR = "KvpleatConnector"
+PREFIX = "Kvpleat"  # of names of model classes
+# vLLM's own name of a model class -> transformers' model_type
+ARCHITECTURES = {
+    "GPT2LMHeadModel": "gpt2",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+VERSIONS = (26, 33)  # minor versions of vLLM 0.x: the first one, and the first that is too new
+LEARNED = ("dms", "fold", "dmc")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A policy inside vLLM.
+
+    Args:
+        policy: a learned one, without its gates yet; None: a window.
+        delay: of a window; None where gates say more.
+    """
+
+    policy: Policy | None
+    delay: Delay | None
+
+    @classmethod
+    def of(cls, config: Any) -> "Settings":
+        """Read a model's config (transformers' one, as vLLM has it).
+
+        Raises:
+            OptionError: there are none, or they say what cannot be.
+        """
+        options = getattr(config, KEY, None)
+        if not isinstance(options, dict):
+            raise OptionError(
+                f"The model's config says {KEY}={options!r}, so there is no policy. Pass --hf-overrides "
+                f'\'{{"architectures": [...], "{KEY}": {{"policy": "dms", "ratio": 4}}}}\', or use `kvpleat serve`.'
+            )
+        return cls.parse(options)
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> "Settings":
+        """Read {"policy": name, **options of that policy}.
+
+        Raises:
+            OptionError: no such policy, or no such options of it. UnsupportedError: a policy that vLLM cannot run.
+        """
+        options = dict(options)
+        name = options.pop("policy", None)
+        if name == "window":
+            return cls(None, _window(**options) if set(options) <= {"budget", "sinks"} else _window(None))
+        if name not in LEARNED:
+            raise UnsupportedError(
+                f"policy={name!r} inside vLLM: {_why(name)} Policies that work there: {', '.join(LEARNED)}, window."
+            )
+        return cls(from_dict({"name": name, **options}), None)
+
+
+def _why(name: Any) -> str:
+    if name == "attention":
+        return (
+            "AttentionScore looks at the last queries at moments, which a CUDA graph of vLLM's would have to do for "
+            "all rows in every step. Use kvpleat.LLM for it."
+        )
+    return "full needs no kvpleat." if name == "full" else "it is not known."
+
+
+def _window(budget: Any = None, sinks: Any = 4) -> Delay:
+    """A window that slides by one token: every entry leaves when it is so old, but for the first ones."""
+    if not (isinstance(budget, int) and isinstance(sinks, int)) or sinks < 0 or budget < sinks + 2:
+        raise OptionError(
+            f"window with budget={budget!r}, sinks={sinks!r}: inside vLLM it takes exactly these two, a number of "
+            "entries that each stream keeps, and how many of them are the first ones. Pass "
+            '{"policy": "window", "budget": 1024, "sinks": 4}.'
+        )
+    return Delay(budget - sinks - 1, sinks=sinks)
+
+
+def check_version(version: str) -> None:
+    """Raise UnsupportedError for a version of vLLM that kvpleat was not tested with."""
+    found = re.match(r"0\.(\d+)\.", version)
+    if not found or not VERSIONS[0] <= int(found[1]) < VERSIONS[1]:
+        raise UnsupportedError(
+            f"vLLM {version}: kvpleat plugs into parts of vLLM that change from one version to the next, and was "
+            f"tested with 0.{VERSIONS[0]} to 0.{VERSIONS[1] - 1}. Install one of those, or a newer kvpleat."
+        )
+
+
+def check(vllm_config: Any) -> None:
+    """Refuse settings of vLLM that cannot work beside kvpleat.
+
+    Raises:
+        OptionError, UnsupportedError: naming the setting and what to pass instead.
+    """
+    connector = vllm_config.kv_transfer_config
+    if connector is None or connector.kv_connector != CONNECTOR:
+        raise OptionError(
+            f"kv_connector is {connector and connector.kv_connector!r}: workers could not tell the scheduler how much "
+            f'memory requests need. Pass --kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_role": '
+            '"kv_both"}\'; other connectors move pages by token positions, which compressed requests do not have.'
+        )
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    for said, wrong, remedy in (
+        ("speculative decoding", vllm_config.speculative_config is not None, "leave out --speculative-config"),
+        ("decode context parallelism", parallel.decode_context_parallel_size > 1, "leave it out"),
+        ("a quantized KV cache", cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+         "leave out --kv-cache-dtype"),
+        ("a block size that is no page size", cache.block_size not in PAGE_SIZES,
+         f"pass --block-size {PAGE_SIZES[0]}"),
+        ("a LoRA of vLLM's", vllm_config.lora_config is not None, "merge it into the weights"),
+    ):  # fmt: skip
+        if wrong:
+            raise UnsupportedError(f"kvpleat cannot serve {said} inside vLLM; please {remedy}.")
