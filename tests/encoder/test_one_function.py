@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvpleat import compress
+from kvpleat.kernels import grouping
 from kvpleat.policies import EncoderMerge
 from tests.encoder import reference
 from tests.encoder.models import FAMILIES, FIRST, LAST, PAD, texts, tiny
@@ -50,6 +51,24 @@ def test_like_the_reference(family: str, ratio: float, steps: int, whole: bool) 
             ]
             assert trace.counts[layer][row] == len(groups) == kept(policy, length)[layer]
         assert (states[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("bert", {}), ("bert", {"whole_keys": False, "steps": 2}), ("modernbert", {}), ("distilbert", {"what": "kv"})],
+)
+def test_kernels_give_the_same(family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton where it merges on a GPU (interpreted where there is none), and torch."""
+    pytest.importorskip("triton")
+    model, policy = tiny(family).float(), EncoderMerge(ratio=2.6, floor=4, **options)
+    ids, mask = texts([19, 9])
+    monkeypatch.setattr(grouping, "runs_on_triton", lambda *tensors: False)
+    want, slow = output(model, policy, ids, mask)
+    monkeypatch.setattr(grouping, "runs_on_triton", lambda *tensors: True)
+    got, fast = output(model, policy, ids, mask)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert fast.counts == slow.counts
+    assert all(map(torch.equal, fast.places, slow.places))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

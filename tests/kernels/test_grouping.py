@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpleat.kernels.grouping import _product, group, merge, taken, total, unmerge
+from kvpleat.kernels import grouping
+from kvpleat.kernels.grouping import _product, group, merge, squares, taken, total, unmerge
 
 
 def random_groups(rows: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +48,23 @@ def test_like_loops(seed: int) -> None:
             assert all(torch.equal(back[row, t], merged[row, i]) for t in members)
         assert (merged[row, len(leaders) :] == 0).all()
         assert (back[row, ~real[row]] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_like_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging groups of any members, unmerging and norms; channels apart, as those of heads are."""
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target, real, sizes = (x.to(device) for x in random_groups(3, 37, seed=7))
+    states = torch.randn(3, 11, 37, 3, device=device).to(dtype).transpose(1, 2).flatten(2)
+    groups, sizes = group(target, real, 37), sizes.float()
+    wanted = merge(groups, states.double(), sizes.double())
+    undone, squared = unmerge(groups.place, real, wanted), squares(states.double())
+    monkeypatch.setattr(grouping, "runs_on_triton", lambda states: True)
+    close = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(merge(groups, states, sizes).double(), wanted, rtol=close, atol=close)
+    assert torch.equal(unmerge(groups.place, real, wanted.float()), undone.float())
+    torch.testing.assert_close(squares(states.expand(3, -1, -1)).double(), squared, rtol=1e-6, atol=1e-6)
 
 
 def test_the_mean_of_a_text_stays() -> None:

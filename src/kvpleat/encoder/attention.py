@@ -1,5 +1,6 @@
 """The attention function of an encoder whose tokens merge, behind transformers' AttentionInterface."""
 
+import functools
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def attention_forward(
         query = _split(merge(groups, _joined(query), keys_of.sizes), query.shape[1])
     if call.policy.what == "kv":
         keys_of, key, value = _merged_keys(call, key, value)
-    bias = _bias(keys_of, tokens, sliding_window, query.dtype)
+    make = functools.partial(_bias, keys_of, tokens, sliding_window, query.dtype)
+    bias = call.once(("bias", sliding_window), make) if keys_of is tokens else make()
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
     # In a sliding window the queries that are asked do not see every key: importance then stays what it was.
     if call.merges_before(call.layer + 1) and sliding_window is None:

@@ -1,5 +1,6 @@
 """One forward of an encoder: its tokens, how many of them enter each layer, and what is left to tell afterwards."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,10 +10,8 @@ from torch import Tensor
 from kvpleat.encoder.families import Encoder, special_tokens
 from kvpleat.encoder.tokens import Tokens, shorten
 from kvpleat.errors import UnsupportedError
-from kvpleat.kernels.grouping import picked
+from kvpleat.kernels.grouping import picked, squares
 from kvpleat.policies.encoder import EncoderMerge
-
-NORM_POWER = 2  # importance before the first layer: the norm of the word embedding to this power
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,18 @@ class Call:
 
     Args:
         policy: decides.
-        real: [B, T] bool, columns of the input that are no padding.
+        real: [B, T] bool, columns of the input that are no padding. lengths: how many each row has.
         tokens: what the layers work on now.
         place: [B, T] the token that each column of the input is now; of padding: 0.
         kept: for each layer the tokens that each row is to keep; empty for coverage and for what="kv".
         layer: the one that runs.
         longer: set while a layer runs whose keys come from the tokens before they merged.
+        made: see `once`.
     """
 
     policy: EncoderMerge
     real: Tensor
+    lengths: list[int]
     tokens: Tokens
     place: Tensor
     kept: list[list[int]]
@@ -72,6 +73,7 @@ class Call:
     longer: Longer | None = None
     places: list[Tensor] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)
+    made: dict[Hashable, Any] = field(default_factory=dict)
 
     def enter(self, layer: int, states: Tensor, keys_from_longer: bool) -> Tensor:
         """Merge before a layer, if that is due: [B, T, C] -> [B, W, C]."""
@@ -85,10 +87,17 @@ class Call:
             fewer, short, place = shorten(tokens, states, self.policy, kept)
             if fewer is not tokens:
                 self.longer = Longer(self.tokens, states, place) if keys_from_longer else None
-                self.tokens, states, self.place = fewer, short, place.gather(1, self.place)
-        self.places.append(torch.where(self.real, self.place, -1))
+                self.place = place if tokens.plain else place.gather(1, self.place)
+                self.tokens, states, self.made = fewer, short, {}
+        self.places.append(self.once("places", lambda: torch.where(self.real, self.place, -1)))
         self.counts.append(self.tokens.counts)
         return states
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What all layers ask for until tokens merge again, made for the first one."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     def merges_before(self, layer: int) -> bool:
         """Whether the policy merges tokens before a layer."""
@@ -102,12 +111,15 @@ class Call:
 
     def rotations(self, table: Tensor) -> Tensor:
         """[1 or B, T, D] -> [B, W, D]: rotary embeddings of the tokens that are left, each where it stood."""
-        return picked(table.expand(self.real.shape[0], -1, -1), self.tokens.position)
+        whole = table.expand(self.real.shape[0], -1, -1)
+        rotated: Tensor  # beside its table, so that no other table has that id
+        rotated, _ = self.once(("rotations", id(table)), lambda: (picked(whole, self.tokens.position), table))
+        return rotated
 
     @property
     def trace(self) -> Trace:
         """What has become of the tokens."""
-        return Trace(self.places, self.counts, self.real.sum(1).tolist())
+        return Trace(self.places, self.counts, self.lengths)
 
 
 def plan(encoder: Encoder, policy: EncoderMerge, kwargs: dict[str, Any]) -> Call:
@@ -121,17 +133,16 @@ def plan(encoder: Encoder, policy: EncoderMerge, kwargs: dict[str, Any]) -> Call
     rows, columns, _ = embedded.shape
     real = torch.ones(rows, columns, dtype=torch.bool, device=embedded.device) if mask is None else mask.bool()
     free = real & ~special_tokens(ids, real, (*encoder.special_ids, *policy.protect))
-    wide = torch.promote_types(embedded.dtype, torch.float32)
-    mass = embedded.detach().to(wide).norm(dim=-1) ** NORM_POWER
+    mass = squares(embedded.detach())
     mass = torch.where(real, mass / torch.where(real, mass, 0).sum(1, keepdim=True).clamp(min=1e-30), 0)
     counts, free_counts = torch.stack((real.sum(1), free.sum(1))).tolist()  # the one wait for the device
     column = torch.arange(columns, device=embedded.device).expand(rows, columns)
-    tokens = Tokens(real.to(wide), mass, free, column, counts, free_counts)
+    tokens = Tokens(real.to(mass.dtype), mass, free, column, counts, free_counts)
     kept: list[list[int]] = []
     if policy.ratio is not None:
         shares = policy.shares(len(encoder.layers))
         kept = [[policy.kept(count, share) for count in counts] for share in shares]
-    return Call(policy, real, tokens, column, kept)
+    return Call(policy, real, counts, tokens, column, kept)
 
 
 def _refuse(encoder: Encoder, kwargs: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvpleat.kernels import grouping, rounds
 from kvpleat.kernels.grouping import Groups, group, merge, taken, total
 from kvpleat.policies.encoder import EncoderMerge, Row
 
@@ -64,6 +65,8 @@ def shorten(
     Returns:
         the tokens as they are then, their states [B, W, C], and [B, T] the place of each token among them.
     """
+    if policy.coverage is None and grouping.runs_on_triton(states):
+        return _on_device(tokens, states, policy, kept, compared)
     rows, width = tokens.sizes.shape
     place = torch.arange(width, device=states.device).expand(rows, width)
     while True:
@@ -85,6 +88,37 @@ def shorten(
         states = merge(groups, states, tokens.sizes)
         tokens = _fewer(tokens, groups, counts, joined, lost)
         place = groups.place.gather(1, place)
+
+
+@torch.no_grad()
+def _on_device(
+    tokens: Tokens, states: Tensor, policy: EncoderMerge, kept: list[int], compared: int | None
+) -> tuple[Tokens, Tensor, Tensor]:
+    """`shorten` where numbers of joins follow from lengths, and nothing is learned."""
+    place = torch.arange(states.shape[1], device=states.device).repeat(states.shape[0], 1)
+    joins = policy.schedule(tokens.counts, tokens.free_counts, kept)
+    if not joins:
+        return tokens, states, place
+    joined = [sum(row) for row in zip(*joins, strict=True)]
+    counts = [count - joins for count, joins in zip(tokens.counts, joined, strict=True)]
+    before = rounds.Merged(
+        states.contiguous(), tokens.sizes, tokens.mass.contiguous(), tokens.free, tokens.position.contiguous(), place
+    )
+    width = _padded(max(counts), states.device)
+    merged = rounds.run(
+        before, tokens.counts, tokens.free_counts, joins, policy.distance, compared or states.shape[2], width
+    )
+    fewer = replace(
+        tokens,
+        sizes=merged.sizes,
+        mass=merged.mass,
+        free=merged.free,
+        position=merged.position,
+        counts=counts,
+        free_counts=[count - joins for count, joins in zip(tokens.free_counts, joined, strict=True)],
+        plain=False,
+    )
+    return fewer, merged.states, merged.place
 
 
 def _fewer(tokens: Tokens, groups: Groups, counts: list[int], joined: list[int], lost: Tensor | None) -> Tokens:

@@ -3,12 +3,30 @@
 A row of T tokens is cut into groups; each has one token that stays, and stands where that token stood. `place` says
 for every token the group it is in. A merged state is the mean of its members' states, weighted by their sizes (tokens
 of the text that a state stands for; 0 for padding), so a mean over the text is the same before and after.
+
+In torch this is the specification. On a GPU Triton kernels take over (grouping_triton.py), where `runs_on_triton` says.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # wheels of torch for some systems come without
+MAX_TOKENS = 16384  # of a row: one program holds all of them
+MAX_CHANNELS = 8192
+
+
+def runs_on_triton(states: Tensor) -> bool:
+    """On a GPU, where Triton is installed and nothing is learned: the kernels have no gradient."""
+    learned = torch.is_grad_enabled() and states.requires_grad
+    return states.device.type == "cuda" and HAS_TRITON and not learned and _fits(states)
+
+
+def _fits(states: Tensor) -> bool:
+    tokens, channels = states.shape[1:]
+    return states.dtype != torch.float64 and 0 < tokens <= MAX_TOKENS and 0 < channels <= MAX_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -54,8 +72,12 @@ def total(groups: Groups, values: Tensor) -> Tensor:
 def merge(groups: Groups, states: Tensor, sizes: Tensor) -> Tensor:
     """[B, T, C] -> [B, W, C]: the mean of each group's states, weighted by sizes [B, T].
 
-    On a CPU an indexed sum; on a GPU, where that would add in another order each time, a product.
+    On a CPU an indexed sum; with gradients on a GPU, where that would add in another order each time, a product.
     """
+    if runs_on_triton(states):
+        from kvpleat.kernels import grouping_triton
+
+        return grouping_triton.merge(groups.place, groups.stays.shape[1], _dense(states), sizes)
     summed = _indexed(groups, states, sizes) if states.device.type == "cpu" else _product(groups, states, sizes)
     return summed / total(groups, sizes).clamp(min=1.0)[..., None].to(states.dtype)
 
@@ -80,7 +102,27 @@ def unmerge(place: Tensor, real: Tensor, states: Tensor) -> Tensor:
     Args:
         place: [B, T] int64 group of each token. real: [B, T] bool, no padding.
     """
+    if runs_on_triton(states):
+        from kvpleat.kernels import grouping_triton
+
+        return grouping_triton.unmerge(place, real, states)
     return torch.where(real[..., None], picked(states, place), 0)
+
+
+def squares(states: Tensor) -> Tensor:
+    """[B, T, C] -> [B, T] in float32 or wider: squared norms."""
+    if runs_on_triton(states):
+        from kvpleat.kernels import grouping_triton
+
+        return grouping_triton.squares(_dense(states), states.shape[2])
+    wide = torch.promote_types(states.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(states, dim=-1, dtype=wide)
+    return norms.square()
+
+
+def _dense(states: Tensor) -> Tensor:
+    """With channels side by side."""
+    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 def picked(states: Tensor, index: Tensor) -> Tensor:

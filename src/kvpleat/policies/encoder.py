@@ -146,6 +146,22 @@ class EncoderMerge:
         """Tokens that a row of `tokens` tokens keeps at a share of them."""
         return max(math.ceil(tokens * share - 1e-9), min(tokens, self.floor))
 
+    def schedule(self, counts: list[int], free_counts: list[int], kept: list[int]) -> list[list[int]]:
+        """How many tokens of each row join in each round, until all are as short as asked: with a ratio that is known
+        beforehand. Without joins in any row there is no such round.
+
+        Args:
+            counts, free_counts: tokens and free tokens of each row. kept: tokens that each row is to keep.
+        """
+        rounds: list[list[int]] = []
+        while True:
+            wanted = [max(0, count - keep) for count, keep in zip(counts, kept, strict=True)]
+            joins = most_joins(wanted, free_counts)
+            if max(joins) == 0:
+                return rounds
+            rounds.append(joins)
+            counts, free_counts = ([n - k for n, k in zip(c, joins, strict=True)] for c in (counts, free_counts))
+
     def pairs(self, row: Row, wanted: list[int]) -> tuple[Tensor, list[int], Tensor | None]:
         """One round: which tokens join which.
 
@@ -159,7 +175,7 @@ class EncoderMerge:
             [B] what each row has lost, None without a budget.
         """
         target = torch.arange(row.free.shape[1], device=row.free.device).repeat(row.free.shape[0], 1)
-        most = [min(w, math.ceil(PER_ROUND * (count // 2))) for w, count in zip(wanted, row.counts, strict=True)]
+        most = most_joins(wanted, row.counts)
         if max(most) == 0:
             return target, most, row.budget
         order = row.free.cumsum(1) - 1
@@ -184,9 +200,7 @@ class EncoderMerge:
     def _costs(self, row: Row, joiners: Tensor, others: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """[B, A] the least cost of joining, and [B, A] which of the others it is to."""
         wide = torch.promote_types(row.states.dtype, torch.float32)
-        states = row.states.to(wide)
-        inverse = 1.0 / states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        left, right = (picked(states, index) * picked(inverse, index) for index in (joiners, others))
+        left, right = (_normalised(picked(row.states, index), wide) for index in (joiners, others))
         tokens = (row.free.sum(1) + 1).to(wide)[:, None, None]
         away = row.position.gather(1, others)[:, None] - row.position.gather(1, joiners)[..., None]
         # A quarter of a token more to the right, so that two equal tokens equally far are no tie.
@@ -198,6 +212,17 @@ class EncoderMerge:
     def to_dict(self) -> dict[str, Any]:
         """Name and options, JSON-ready."""
         return {"name": self.name, **{key: getattr(self, key) for key in self.__dataclass_fields__}}
+
+
+def most_joins(wanted: list[int], free_counts: list[int]) -> list[int]:
+    """Joins of each row in one round: what it wants, and at most a share of the tokens that could."""
+    return [min(w, math.ceil(PER_ROUND * (count // 2))) for w, count in zip(wanted, free_counts, strict=True)]
+
+
+def _normalised(states: Tensor, wide: torch.dtype) -> Tensor:
+    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=wide)
+    normalised: Tensor = states.to(wide) / norm.clamp(min=1e-12)
+    return normalised
 
 
 def _every_second(free: Tensor, order: Tensor, odd: int, width: int) -> tuple[Tensor, Tensor]:
