@@ -1,5 +1,6 @@
 """The judge of encoders: ToMe beside a plain one, what is timed and asked, and that all of it runs."""
 
+import importlib
 import json
 import re
 import sys
@@ -14,14 +15,15 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
 from kvpleat.bench.encoder import __main__ as command
-from kvpleat.bench.encoder import figures, methods, quality, speed, texts, turns
+from kvpleat.bench.encoder import check, figures, methods, quality, speed, texts, turns
 from kvpleat.bench.encoder.memory import peak_bytes
 from kvpleat.bench.encoder.tome import ToMe
 from kvpleat.bench.report.merged import draw
 from kvpleat.cli import app
-from kvpleat.errors import OptionError, UnsupportedError
+from kvpleat.errors import JudgeError, OptionError, UnsupportedError
 from kvpleat.hf import embed
 from kvpleat.hf.models import LoadedModel, load_encoder
+from kvpleat.kernels import grouping
 from tests import encoders
 
 
@@ -339,14 +341,17 @@ def test_equal_time_for_each_merge(folder: Path, tmp_path: Path) -> None:
     assert names == ["full", "merge", "tome", "truncate"]
 
 
-def test_speed_runs_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_runs_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "RATIOS", (1.0, 2.0, 3.8))
     out = tmp_path / "speed.json"
     assert command.main(["--speed", "--tiny", "--out", str(out)]) == 0
     file = json.loads(out.read_text())
     assert file["about"]["matmul_flops_per_s"] > 0
-    assert len(file["records"]) == 2 * 5 + 10
+    assert len(file["records"]) == 6 + 4 + 2 * 6
     by_method = {r["method"]: r for r in file["records"] if r["shape"] == "bert-tiny" and "," not in r["method"]}
-    floors = [by_method[f"EncoderMerge ratio={ratio}"]["flops"] for ratio in ("1", "2", "2.6", "3.8")]
+    floors = [by_method[f"EncoderMerge ratio={ratio}"]["flops"] for ratio in ("1", "2", "3.8")]
     assert floors[0] == by_method["full model"]["flops"]
     assert floors == sorted(floors, reverse=True)
     assert "ragged" in capsys.readouterr().out
@@ -383,7 +388,7 @@ def test_a_long_text_goes_on_below() -> None:
 
 
 def test_speed_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "methods", lambda: [methods.parse("full"), methods.parse("truncate:tokens=4")])
+    monkeypatch.setattr(speed, "methods", lambda config: [methods.parse("full"), methods.parse("truncate:tokens=4")])
     (case, _) = speed.cases(tiny=True)
     records = speed.run(case, torch.device("cpu"), rate=1e9)
     linear = 3 * (4 * 32 * 32 + 2 * 32 * 128) * 2 * 4 * 64 + 4 * 2 * 32 * 32  # layers, and the pooler
@@ -393,6 +398,34 @@ def test_speed_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
         assert record["floor_ms"] == pytest.approx(1e3 * record["flops"] / 1e9)
     assert records[0]["x_full"] == 1.0
     assert "refused" not in records[1]
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Tensor]:
+    """A model whose tokens merge in kernels where nothing is learned, and ids."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(grouping, "runs_on_triton", lambda *x: not torch.is_grad_enabled())
+    (case, _) = speed.cases(tiny=True)
+    model = case.model(torch.device("cpu"))
+    return model, torch.randint(100, (2, 26), generator=torch.Generator().manual_seed(0))
+
+
+def test_kernels_are_checked(checked: tuple[Any, Tensor]) -> None:
+    check.check(methods.parse("merge:ratio=3,floor=4"), *checked)
+
+
+@pytest.mark.parametrize("name", ["unmerge", "costs"])
+def test_wrong_kernels_have_no_speed(checked: tuple[Any, Tensor], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that gives wrong states, and one that finds the worst partners."""
+    kernels = importlib.import_module("kvpleat.kernels.grouping_triton")
+    right = getattr(kernels, name)
+    wrong = {
+        "unmerge": lambda place, *rest: right(place.roll(1, 1), *rest),
+        "costs": lambda states, *rest: right(states.roll(1, 1), *rest),
+    }
+    monkeypatch.setattr(kernels, name, wrong[name])
+    with pytest.raises(JudgeError, match="no speed"):
+        check.check(methods.parse("merge:ratio=3,floor=4"), *checked)
 
 
 def test_ragged_rows_have_the_lengths_that_are_timed() -> None:

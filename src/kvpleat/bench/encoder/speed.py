@@ -5,7 +5,8 @@ there transformers gets the rows of one length at a time, which is a batch with 
 
 The floor of a forward is its FLOPs, as torch counts them in what really ran (matrix products and attention; SDPA
 computes a layer with a window in full), over the rate of a large product of bfloat16 matrices, measured here.
-Random weights merge as many tokens as others do, as long as the policy goes by `ratio`.
+Random weights merge as many tokens as others do, as long as the policy goes by `ratio`. On a GPU a method is timed only
+after its kernels gave what torch gives (check.py).
 """
 
 import statistics
@@ -20,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
 
 from kvpleat.accounting import human_bytes
+from kvpleat.bench.encoder.check import check
 from kvpleat.bench.encoder.methods import REFERENCE, Method, parse, share_weights
 from kvpleat.bench.floor import now
 from kvpleat.errors import KvpleatError
 
-RATIOS = (1.0, 2.0, 2.6, 3.8)
+RATIOS = (1.0, 2.0, 2.3, 2.6, 3.8, 5.0)
 WARM, REPEATS = 2, 7
 LENGTHS = 7  # of the ragged case: from a quarter of the longest on, in equal steps
 
@@ -128,9 +130,11 @@ def _peak(way: Way, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def methods() -> list[Method]:
-    """The full model, and EncoderMerge at each ratio."""
-    return [parse(REFERENCE), *(parse(f"merge:ratio={ratio:g}") for ratio in RATIOS)]
+def methods(config: Any) -> list[Method]:
+    """The full model, and EncoderMerge at each ratio: with keys of all tokens in the first layer, and without."""
+    whole = [f"merge:ratio={ratio:g}" for ratio in RATIOS]
+    narrow = [f"{spec},whole_keys=0" for spec in whole[1:]] if isinstance(config, BertConfig) else []
+    return [parse(spec) for spec in (REFERENCE, *whole, *narrow)]
 
 
 def run(case: Case, device: torch.device, rate: float, ragged: bool = False) -> list[dict[str, Any]]:
@@ -140,8 +144,10 @@ def run(case: Case, device: torch.device, rate: float, ragged: bool = False) -> 
     refused: list[dict[str, Any]] = []
     with ExitStack() as stack:
         ways: list[Way] = []
-        for method in methods():
+        for method in methods(case.config):
             try:
+                if device.type == "cuda":
+                    check(method, model, ids)
                 twin = share_weights(model)
                 stack.enter_context(method.on(twin))
                 new = list(_ragged(case, method, twin, ids) if ragged else [_whole(method, twin, ids)])
