@@ -17,6 +17,7 @@ from kvpleat.cli import eval as _eval  # noqa: F401  # registers its command
 from kvpleat.cli import options, show
 from kvpleat.cli import report as _report  # noqa: F401  # registers its command
 from kvpleat.cli import retrofit as _retrofit  # noqa: F401  # registers its command
+from kvpleat.cli import serve as _serve  # noqa: F401  # registers its command
 from kvpleat.cli.chat import Chat, converse
 from kvpleat.cli.command import app, command, main, plain
 from kvpleat.cli.run import Answer, agreement, answer_compressed, answer_full

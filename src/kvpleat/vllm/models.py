@@ -23,7 +23,7 @@ from kvpleat.types import Delay, KVShape, Rotary
 from kvpleat.vllm.backend import PleatedBackend, PleatedImpl
 from kvpleat.vllm.cache import PleatedSpec
 from kvpleat.vllm.memory import Memory
-from kvpleat.vllm.settings import ARCHITECTURES, PREFIX, Settings, check
+from kvpleat.vllm.settings import ARCHITECTURES, PREFIX, Settings, base_of, check
 
 
 def __getattr__(name: str) -> Any:
@@ -57,7 +57,7 @@ def _attach(model: nn.Module, vllm_config: Any) -> LoraWeights | None:
     _refuse(layers, config)
     policy, gates, delay = settings.policy, None, settings.delay
     if policy is not None:
-        policy = policy.for_model(_base(config))
+        policy = policy.for_model(base_of(config))
         gates, delay = policy.gates, policy.delayed  # type: ignore[attr-defined]
         assert isinstance(gates, Gates)
         if gates.borrowed is not None:
@@ -128,20 +128,6 @@ def _refuse(layers: dict[str, Any], config: Any) -> None:
 def _ratio(gates: Gates | None, delay: Delay, length: int) -> float:
     """Tokens for one entry, beyond those that wait."""
     return gates.config.ratio if gates is not None else float(max(1, length))
-
-
-def _base(config: Any) -> dict[str, Any]:
-    """What `families.base_of` says of the same model in transformers."""
-    heads = int(config.num_attention_heads)
-    return {
-        "family": config.model_type,
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "num_q_heads": heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-    }
 
 
 def _rotary(config: Any) -> Rotary | None:

@@ -72,7 +72,18 @@ class Settings:
             raise UnsupportedError(
                 f"policy={name!r} inside vLLM: {_why(name)} Policies that work there: {', '.join(LEARNED)}, window."
             )
-        return cls(from_dict({"name": name, **options}), None)
+        policy = from_dict({"name": name, **options})
+        if policy.bits is not None:
+            raise UnsupportedError(
+                f"bits={policy.bits} inside vLLM: entries stay in the model's dtype there. Leave it out, or use "
+                "kvpleat.compress."
+            )
+        if policy.reads_model:
+            raise UnsupportedError(
+                "gates='model' are channels of the model's own; inside vLLM only gates beside it are read. Pass a name "
+                "or a folder of gates, or use kvpleat.compress."
+            )
+        return cls(policy, None)
 
 
 def _why(name: Any) -> str:
@@ -93,6 +104,20 @@ def _window(budget: Any = None, sinks: Any = 4) -> Delay:
             '{"policy": "window", "budget": 1024, "sinks": 4}.'
         )
     return Delay(budget - sinks - 1, sinks=sinks)
+
+
+def base_of(config: Any) -> dict[str, Any]:
+    """What `kvpleat.hf.families.base_of` says of the same model, from its config alone: the keys of `gates.BASE`."""
+    heads = int(config.num_attention_heads)
+    return {
+        "family": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_q_heads": heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+    }
 
 
 def check_version(version: str) -> None:
