@@ -89,10 +89,10 @@ class Flags:
             name, equals, value = group[0].partition("=")
             name = SHORT.get(name, name.replace("_", "-") if name.startswith("--") else name)
             given = value if equals else group[1] if len(group) > 1 else None
-            if name.startswith(f"{OVERRIDES}."):
+            if name.startswith((f"{OVERRIDES}.", f"{TRANSFER}.")):
                 raise OptionError(
-                    f"{group[0]}: vLLM would take it in place of what kvpleat overrides. Pass {OVERRIDES} with one "
-                    "JSON object; kvpleat adds to it."
+                    f"{group[0]}: vLLM would take it in place of all that kvpleat says there. Pass "
+                    f"{name.partition('.')[0]} with one JSON object."
                 )
             flags.values[name] = given
             if name == OVERRIDES:
