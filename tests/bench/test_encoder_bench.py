@@ -23,7 +23,7 @@ from kvpleat.cli import app
 from kvpleat.errors import JudgeError, OptionError, UnsupportedError
 from kvpleat.hf import embed
 from kvpleat.hf.models import LoadedModel, load_encoder
-from kvpleat.kernels import grouping
+from kvpleat.kernels import grouping, sized
 from tests import encoders
 
 
@@ -404,7 +404,8 @@ def test_speed_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Tensor]:
     """A model whose tokens merge in kernels where nothing is learned, and ids."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(grouping, "runs_on_triton", lambda *x: not torch.is_grad_enabled())
+    for module in (grouping, sized):
+        monkeypatch.setattr(module, "runs_on_triton", lambda *x: not torch.is_grad_enabled())
     (case, _) = speed.cases(tiny=True)
     model = case.model(torch.device("cpu"))
     return model, torch.randint(100, (2, 26), generator=torch.Generator().manual_seed(0))

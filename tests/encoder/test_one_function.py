@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvpleat import compress
-from kvpleat.kernels import grouping
+from kvpleat.kernels import grouping, sized
 from kvpleat.policies import EncoderMerge
 from tests.encoder import reference
 from tests.encoder.models import FAMILIES, FIRST, LAST, PAD, texts, tiny
@@ -65,6 +65,7 @@ def test_kernels_give_the_same(family: str, options: dict[str, Any], monkeypatch
     monkeypatch.setattr(grouping, "runs_on_triton", lambda *tensors: False)
     want, slow = output(model, policy, ids, mask)
     monkeypatch.setattr(grouping, "runs_on_triton", lambda *tensors: True)
+    monkeypatch.setattr(sized, "runs_on_triton", lambda *tensors: True)
     got, fast = output(model, policy, ids, mask)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert fast.counts == slow.counts

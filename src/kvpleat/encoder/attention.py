@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kvpleat.encoder.calls import Call
 from kvpleat.encoder.tokens import Tokens, shorten
 from kvpleat.errors import AttachError
+from kvpleat.kernels import sized
 from kvpleat.kernels.grouping import Groups, merge
 
 IMPLEMENTATION = "kvpleat_encoder"
@@ -48,12 +49,46 @@ def attention_forward(
     if call.policy.what == "kv":
         keys_of, key, value = _merged_keys(call, key, value)
     make = functools.partial(_bias, keys_of, tokens, sliding_window, query.dtype)
-    bias = call.once(("bias", sliding_window), make) if keys_of is tokens else make()
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
     # In a sliding window the queries that are asked do not see every key: importance then stays what it was.
-    if call.merges_before(call.layer + 1) and sliding_window is None:
+    observed = call.merges_before(call.layer + 1) and sliding_window is None
+    sized_keys = sliding_window is not None or keys_of.bias_needed
+    if sized_keys and sized.runs_on_triton(query, key, dropout):
+        out = _by_kernel(call, keys_of, query, key, value, scaling, sliding_window, columns)
+        bias = make() if observed else None
+    else:
+        bias = call.once(("bias", sliding_window), make) if keys_of is tokens else make()
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+        out = _widened(out.transpose(1, 2), columns)
+    if observed:
         _observe(call, query, key, value, bias, scaling)
-    return F.pad(out, (0, 0, 0, columns - out.shape[2])).transpose(1, 2).contiguous(), None
+    return out, None
+
+
+def _by_kernel(
+    call: Call, keys_of: Tokens, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None,
+    columns: int,
+) -> Tensor:  # fmt: skip
+    """[B, columns, H, D]: attention in one kernel, whose columns behind the queries' are undefined."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        bias, sizes = keys_of.bias, keys_of.sizes
+        whole = torch.full_like(sizes[:, 0], sizes.shape[1])  # padding may stand anywhere until tokens merge
+        counts = whole if keys_of.plain else keys_of.real.sum(1)
+        return torch.zeros_like(sizes) if bias is None else bias[:, 0, 0], counts.int()
+
+    bias, counts = call.once("sizes of keys", make) if keys_of is call.tokens else make()
+    near = None if window is None else (window, call.tokens.position, keys_of.position)
+    return sized.attend(query, key, value, bias, counts, near, scaling or query.shape[-1] ** -0.5, columns)
+
+
+def _widened(states: Tensor, columns: int) -> Tensor:
+    """[B, T, H, D] -> [B, columns, H, D] with zeros behind."""
+    rows, tokens, *rest = states.shape
+    if tokens == columns:
+        return states.contiguous()
+    out = states.new_zeros(rows, columns, *rest)
+    out[:, :tokens] = states
+    return out
 
 
 def _joined(states: Tensor) -> Tensor:

@@ -41,10 +41,15 @@ class Tokens:
         return self.sizes > 0
 
     @property
+    def bias_needed(self) -> bool:
+        """Whether any key's bias is not zero."""
+        return not self.plain or min(self.counts) < self.sizes.shape[1]
+
+    @property
     def bias(self) -> Tensor | None:
         """[B, 1, 1, T] what is added to attention's logits of each key: log size, and the lowest number for padding;
         None for zeros."""
-        if self.plain and min(self.counts) == self.sizes.shape[1]:
+        if not self.bias_needed:
             return None
         lowest = torch.finfo(self.sizes.dtype).min  # finite: a row of nothing but padding must not become NaN
         return self.sizes.clamp(min=1.0).log().masked_fill(~self.real, lowest)[:, None, None]
@@ -104,10 +109,8 @@ def _on_device(
     before = rounds.Merged(
         states.contiguous(), tokens.sizes, tokens.mass.contiguous(), tokens.free, tokens.position.contiguous(), place
     )
-    width = _padded(max(counts), states.device)
-    merged = rounds.run(
-        before, tokens.counts, tokens.free_counts, joins, policy.distance, compared or states.shape[2], width
-    )
+    compared = compared or states.shape[2]
+    merged = rounds.run(before, tokens.counts, tokens.free_counts, joins, policy.distance, compared)
     fewer = replace(
         tokens,
         sizes=merged.sizes,

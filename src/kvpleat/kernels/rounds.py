@@ -27,9 +27,8 @@ class Merged:
 
 
 def run(
-    tokens: Merged, counts: list[int], free_counts: list[int], joins: list[list[int]], distance: float, compared: int,
-    last: int,
-) -> Merged:  # fmt: skip
+    tokens: Merged, counts: list[int], free_counts: list[int], joins: list[list[int]], distance: float, compared: int
+) -> Merged:
     """Merge round after round.
 
     Args:
@@ -38,7 +37,6 @@ def run(
         joins: of each round, of each row.
         distance: see EncoderMerge.
         compared: first channels of the states that tell how alike tokens are.
-        last: width of what is left, at least the most tokens that a row keeps.
     """
     from kvpleat.kernels import grouping_triton as triton
 
@@ -53,9 +51,8 @@ def run(
         )
         counts = [n - k for n, k in zip(counts, now, strict=True)]
         free_counts = [n - k for n, k in zip(free_counts, now, strict=True)]
-        width = last if number == len(joins) - 1 else max(counts)
         members, towards, leaders, still, index, position, place = triton.choose(
-            cost, best, joining, max(now), tokens.free, tokens.sizes, tokens.position, tokens.place, width
+            cost, best, joining, max(now), tokens.free, tokens.sizes, tokens.position, tokens.place, max(counts)
         )
         states, sizes, mass, norms = triton.merge_round(
             tokens.states, tokens.sizes, tokens.mass, leaders, kept, joining, members, towards, compared
