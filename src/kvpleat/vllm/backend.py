@@ -26,6 +26,7 @@ from kvpleat.kernels.decode import Work
 from kvpleat.kernels.extend import Chunks
 from kvpleat.kernels.reference import Turn
 from kvpleat.types import PAGE_SIZES
+from kvpleat.vllm.ledger import Changes
 from kvpleat.vllm.memory import Memory
 
 
@@ -176,6 +177,23 @@ def _prepare(memory: Memory, meta: PleatedMetadata) -> None:
         chunks = extend.plan(memory.pool, seats[n : n + len(meta.sizes)], meta.starts, meta.sizes, memory.rotary)
         extend.reserve(memory.pool, chunks)
         meta.chunks = chunks
+
+
+@torch.inference_mode()
+def rehearse(memory: Memory) -> None:
+    """Compile what chunks of prompts need, which vLLM's own rehearsals do not reach. Leaves the cache empty."""
+    shape, start = memory.shape, 0
+    for size in (48, 17):
+        q = torch.zeros(shape.num_q_heads, size, shape.head_dim, dtype=shape.dtype, device=memory.device)
+        k = torch.zeros(shape.num_kv_heads, size, shape.head_dim, dtype=shape.dtype, device=memory.device)
+        said = memory.said[:, :size].transpose(1, 2)
+        chunks = extend.plan(memory.pool, [0], [start], [size], memory.rotary)
+        extend.reserve(memory.pool, chunks)
+        seen = extend.extend(memory.pool, 0, chunks, k, k, said)
+        prefill.attend(q, seen.keys, seen.values, chunks.rows, seen.past, seen.rule, 1.0, None)
+        update.give_back(memory.pool)
+        start += size
+    memory.begin_step(Changes([0]), live=False)
 
 
 class PleatedBackend(AttentionBackend):

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvpleat.vllm.backend import rehearse
 from kvpleat.vllm.cache import PleatedSpec, check_pool
 from kvpleat.vllm.ledger import Changes, Ledger, Report, ledgers
 from kvpleat.vllm.metrics import Metrics, Stats, Usage
@@ -141,6 +142,8 @@ class KvpleatConnector(KVConnectorBase_V1, SupportsHMA):
             if memory is not None and self._memory is None:
                 self._memory = memory
                 memory.bind(tensor)
+                if memory.device.type == "cuda":
+                    rehearse(memory)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Before a step: empty rows that ended, and seat those that begin."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import ModelRegistry
 
@@ -159,14 +160,16 @@ def _asking(gates: Gates, index: int, memory: Memory, block: nn.Module) -> Any:
         tensors |= {"inner_weight": inner.weight.detach(), "inner_bias": inner.bias.detach()}
     for name, tensor in tensors.items():
         block.register_buffer(f"kvpleat_{name}", tensor.float().contiguous().to(device), persistent=False)
-    said, scale, outputs, inside = memory.said, config.scale, config.outputs, bool(len(gates.inner))
+    block.register_buffer("kvpleat_asked", torch.zeros(1, device=device), persistent=False)
+    scale, outputs, inside = config.scale, config.outputs, bool(len(gates.inner))
 
     def ask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[-1]
         if inside:
             hidden = nn.functional.linear(hidden.float(), module.kvpleat_inner_weight, module.kvpleat_inner_bias)
             hidden = nn.functional.silu(hidden)
-        torch.ops.kvpleat.ask(hidden, module.kvpleat_weight, module.kvpleat_bias, said, scale, outputs)
+        weight, bias = module.kvpleat_weight, module.kvpleat_bias
+        torch.ops.kvpleat.ask(hidden, weight, bias, module.kvpleat_asked, scale, outputs)
 
     return ask
 
@@ -179,15 +182,21 @@ def _own_heads(heads: int) -> slice:
     return slice(start, start + share)
 
 
-@torch.library.custom_op("kvpleat::ask", mutates_args=("said",))
-def _ask(hidden: Tensor, weight: Tensor, bias: Tensor, said: Tensor, scale: float, outputs: int) -> None:
-    """Write what gates say of tokens [T, C] into the first T rows of said [outputs, rows, H]."""
-    logits = gate.logits(hidden[None], weight, bias, scale, outputs)
-    said[:, : hidden.shape[0]] = logits[:, 0].transpose(1, 2)
+@torch.library.custom_op("kvpleat::ask", mutates_args=("asked",))
+def _ask(hidden: Tensor, weight: Tensor, bias: Tensor, asked: Tensor, scale: float, outputs: int) -> None:
+    """Keep what gates say of tokens [T, C] for the attention that comes next.
+
+    To torch.compile it changes `asked`, a single number, or it would be left out; what is really written to is larger,
+    and a compiler that is careful with it would copy it. All layers write to the same place, so that their compiled
+    pieces are the same.
+    """
+    layers = get_forward_context().no_compile_layers.values()
+    memory = next(layer.impl.memory for layer in layers if isinstance(getattr(layer, "impl", None), PleatedImpl))
+    memory.said[:, : hidden.shape[0]] = gate.logits(hidden[None], weight, bias, scale, outputs)[:, 0].transpose(1, 2)
 
 
 @_ask.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor, said: Tensor, scale: float, outputs: int) -> None:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, asked: Tensor, scale: float, outputs: int) -> None:
     return
 
 
