@@ -183,7 +183,8 @@ def _prepare(memory: Memory, meta: PleatedMetadata) -> None:
 def rehearse(memory: Memory) -> None:
     """Compile what chunks of prompts need, which vLLM's own rehearsals do not reach. Leaves the cache empty."""
     shape, start = memory.shape, 0
-    for size in (48, 17):
+    for most in (48, 17):
+        size = min(most, memory.said.shape[1])
         q = torch.zeros(shape.num_q_heads, size, shape.head_dim, dtype=shape.dtype, device=memory.device)
         k = torch.zeros(shape.num_kv_heads, size, shape.head_dim, dtype=shape.dtype, device=memory.device)
         said = memory.said[:, :size].transpose(1, 2)
