@@ -57,7 +57,8 @@ class Call:
         real: [B, T] bool, columns of the input that are no padding. lengths: how many each row has.
         tokens: what the layers work on now.
         place: [B, T] the token that each column of the input is now; of padding: 0.
-        kept: for each layer the tokens that each row is to keep; empty for coverage and for what="kv".
+        kept: for each layer before (or for what="kv": in) which tokens merge, those that each row is to keep; empty
+            for coverage.
         layer: the one that runs.
         longer: set while a layer runs whose keys come from the tokens before they merged.
         made: see `once`.
@@ -141,8 +142,14 @@ def plan(encoder: Encoder, policy: EncoderMerge, kwargs: dict[str, Any]) -> Call
     kept: list[list[int]] = []
     if policy.ratio is not None:
         shares = policy.shares(len(encoder.layers))
-        kept = [[policy.kept(count, share) for count in counts] for share in shares]
+        kept = [_kept(policy, counts, share) for share in (shares if policy.what == "kv" else shares[: policy.steps])]
     return Call(policy, real, counts, tokens, column, kept)
+
+
+def _kept(policy: EncoderMerge, counts: list[int], share: float) -> list[int]:
+    """Tokens that each row keeps; rows of one length ask once."""
+    known = {count: policy.kept(count, share) for count in set(counts)}
+    return [known[count] for count in counts]
 
 
 def _refuse(encoder: Encoder, kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpleat.kernels import grouping, rounds
 from kvpleat.kernels.grouping import Groups, group, merge, taken, total
-from kvpleat.policies.encoder import EncoderMerge, Row
+from kvpleat.policies.encoder import EncoderMerge, Row, schedule
 
 WIDTH_STEP = 8  # on a GPU rows are padded to a multiple of this, as fast attention kernels want their masks
 
@@ -101,24 +101,22 @@ def _on_device(
 ) -> tuple[Tokens, Tensor, Tensor]:
     """`shorten` where numbers of joins follow from lengths, and nothing is learned."""
     place = torch.arange(states.shape[1], device=states.device).repeat(states.shape[0], 1)
-    joins = policy.schedule(tokens.counts, tokens.free_counts, kept)
-    if not joins:
+    rows = list(zip(tokens.counts, tokens.free_counts, kept, strict=True))
+    plans = {row: schedule(*row) for row in rows}  # rows of one length share theirs
+    if not any(plans.values()):
         return tokens, states, place
-    joined = [sum(row) for row in zip(*joins, strict=True)]
-    counts = [count - joins for count, joins in zip(tokens.counts, joined, strict=True)]
-    before = rounds.Merged(
-        states.contiguous(), tokens.sizes, tokens.mass.contiguous(), tokens.free, tokens.position.contiguous(), place
-    )
-    compared = compared or states.shape[2]
-    merged = rounds.run(before, tokens.counts, tokens.free_counts, joins, policy.distance, compared)
+    sizes, mass, free, position = (x.contiguous() for x in (tokens.sizes, tokens.mass, tokens.free, tokens.position))
+    before = rounds.Merged(states.contiguous(), sizes, mass, free, position, place)
+    merged = rounds.run(before, rows, plans, policy.distance, compared or states.shape[2])
+    joined = {row: sum(plan) for row, plan in plans.items()}
     fewer = replace(
         tokens,
         sizes=merged.sizes,
         mass=merged.mass,
         free=merged.free,
         position=merged.position,
-        counts=counts,
-        free_counts=[count - joins for count, joins in zip(tokens.free_counts, joined, strict=True)],
+        counts=[row[0] - joined[row] for row in rows],
+        free_counts=[row[1] - joined[row] for row in rows],
         plain=False,
     )
     return fewer, merged.states, merged.place

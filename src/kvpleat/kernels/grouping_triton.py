@@ -199,7 +199,7 @@ def _choose(cost, best, joins, free, sizes, position, place, members, towards, l
     # below is the cost of the last one that joins.
     key = tl.where(joiner, price.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7FFFFFFF)
     wanted = tl.load(joins + row)
-    bound = tl.zeros([], tl.int32)
+    bound = wanted * 0
     for bit in range(31):
         trial = bound | (1 << (30 - bit))
         bound = tl.where(tl.sum((key < trial).to(tl.int32), 0) < wanted, trial, bound)
@@ -256,7 +256,8 @@ def _merge(states, sizes, mass, leaders, kept, joins, members, towards, out, siz
         inside = (tl.load(leaders + row * entries + i, mask=i < entries, other=-1) == w) & (i < entries)
         inside = inside & (tl.load(sizes + i, mask=i < entries, other=0.0) > 0)
         joined = tl.sum(inside.to(tl.int32), 0)
-        total, importance = 0.0, 0.0
+        total = joined.to(tl.float32) * 0.0
+        importance = total
         state = tl.zeros([BLOCK], tl.float32)
     for _ in range(joined):
         one = tl.min(tl.where(inside, column, 0x7FFFFFFF), 0)

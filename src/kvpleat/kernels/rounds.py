@@ -26,52 +26,53 @@ class Merged:
     place: Tensor
 
 
-def run(
-    tokens: Merged, counts: list[int], free_counts: list[int], joins: list[list[int]], distance: float, compared: int
-) -> Merged:
+Kind = tuple[int, int, int]  # of a row: its tokens, those of them that may merge, and how many are to stay
+
+
+def run(tokens: Merged, rows: list[Kind], plans: dict[Kind, tuple[int, ...]], distance: float, compared: int) -> Merged:
     """Merge round after round.
 
     Args:
         tokens: as they are; states with channels side by side.
-        counts, free_counts: tokens and free tokens of each row.
-        joins: of each round, of each row.
+        rows: of which kind each row is. plans: how many tokens of such a row join in each round.
         distance: see EncoderMerge.
         compared: first channels of the states that tell how alike tokens are.
     """
     from kvpleat.kernels import grouping_triton as triton
 
-    table = _table(counts, free_counts, joins, tokens.states.device)
+    kinds = {kind: i for i, kind in enumerate(plans)}
+    amounts = _amounts(plans)  # [kinds, rounds, 3]
+    table = sent(amounts[[kinds[kind] for kind in rows]].permute(1, 2, 0), tokens.states.device)
     norms = triton.squares(tokens.states, compared)
     index = triton.numbered(tokens.free)
-    for number, now in enumerate(joins):
-        joining, kept, free = table[number].unbind(0)
-        most_free = max(free_counts)
+    for number, (most, width, most_free) in enumerate(amounts.amax(0).tolist()):
+        joins, kept, free = table[number].unbind(0)
         cost, best = triton.costs(
             tokens.states, norms, tokens.mass, tokens.position, index, free, most_free, distance, compared
         )
-        counts = [n - k for n, k in zip(counts, now, strict=True)]
-        free_counts = [n - k for n, k in zip(free_counts, now, strict=True)]
         members, towards, leaders, still, index, position, place = triton.choose(
-            cost, best, joining, max(now), tokens.free, tokens.sizes, tokens.position, tokens.place, max(counts)
+            cost, best, joins, most, tokens.free, tokens.sizes, tokens.position, tokens.place, width
         )
         states, sizes, mass, norms = triton.merge_round(
-            tokens.states, tokens.sizes, tokens.mass, leaders, kept, joining, members, towards, compared
+            tokens.states, tokens.sizes, tokens.mass, leaders, kept, joins, members, towards, compared
         )
         tokens = Merged(states, sizes, mass, still, position, place)
     return tokens
 
 
-def _table(counts: list[int], free_counts: list[int], joins: list[list[int]], device: torch.device) -> Tensor:
-    """[rounds, 3, B] int32: how many join, how many tokens are left then, and free ones before."""
-    rounds = []
-    for now in joins:
-        counts = [n - k for n, k in zip(counts, now, strict=True)]
-        rounds.append([now, counts, free_counts])
-        free_counts = [n - k for n, k in zip(free_counts, now, strict=True)]
-    return sent(rounds, device)
+def _amounts(plans: dict[Kind, tuple[int, ...]]) -> Tensor:
+    """[kinds, rounds, 3] int32: how many join, how many tokens are left then, and free ones before."""
+    rounds = max(map(len, plans.values()))
+    found: list[list[tuple[int, int, int]]] = []
+    for (count, free, _), plan in plans.items():
+        found.append([])
+        for joins in (*plan, *[0] * (rounds - len(plan))):
+            found[-1].append((joins, count - joins, free))
+            count, free = count - joins, free - joins
+    return torch.tensor(found, dtype=torch.int32)
 
 
-def sent(numbers: list[list[list[int]]], device: torch.device) -> Tensor:
-    """int32 numbers on a device, without a wait for what it does now."""
-    table = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, without a wait for what it does now."""
+    dense = numbers.contiguous()
+    return (dense.pin_memory() if device.type == "cuda" else dense).to(device, non_blocking=True)

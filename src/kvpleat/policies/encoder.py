@@ -4,6 +4,7 @@ An encoder has no cache. What each token costs is its way through the layers, so
 be told apart; see docs/log.md for what merging later costs.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,32 +136,12 @@ class EncoderMerge:
         if self.what == "kv":
             return [1.0 / self.ratio] * num_layers
         steps = min(self.steps, num_layers)
-        low, high = 0.0, 1.0  # of the factor of one step; the mean share grows with it
-        for _ in range(60):
-            factor = (low + high) / 2
-            mean = sum(factor ** min(layer + 1, steps) for layer in range(num_layers)) / num_layers
-            low, high = (low, factor) if mean > 1.0 / self.ratio else (factor, high)
-        return [low ** min(layer + 1, steps) for layer in range(num_layers)]
+        factor = _factor(self.ratio, steps, num_layers)
+        return [factor ** min(layer + 1, steps) for layer in range(num_layers)]
 
     def kept(self, tokens: int, share: float) -> int:
         """Tokens that a row of `tokens` tokens keeps at a share of them."""
         return max(math.ceil(tokens * share - 1e-9), min(tokens, self.floor))
-
-    def schedule(self, counts: list[int], free_counts: list[int], kept: list[int]) -> list[list[int]]:
-        """How many tokens of each row join in each round, until all are as short as asked: with a ratio that is known
-        beforehand. Without joins in any row there is no such round.
-
-        Args:
-            counts, free_counts: tokens and free tokens of each row. kept: tokens that each row is to keep.
-        """
-        rounds: list[list[int]] = []
-        while True:
-            wanted = [max(0, count - keep) for count, keep in zip(counts, kept, strict=True)]
-            joins = most_joins(wanted, free_counts)
-            if max(joins) == 0:
-                return rounds
-            rounds.append(joins)
-            counts, free_counts = ([n - k for n, k in zip(c, joins, strict=True)] for c in (counts, free_counts))
 
     def pairs(self, row: Row, wanted: list[int]) -> tuple[Tensor, list[int], Tensor | None]:
         """One round: which tokens join which.
@@ -175,7 +156,7 @@ class EncoderMerge:
             [B] what each row has lost, None without a budget.
         """
         target = torch.arange(row.free.shape[1], device=row.free.device).repeat(row.free.shape[0], 1)
-        most = most_joins(wanted, row.counts)
+        most = [_joins(w, count) for w, count in zip(wanted, row.counts, strict=True)]
         if max(most) == 0:
             return target, most, row.budget
         order = row.free.cumsum(1) - 1
@@ -214,9 +195,30 @@ class EncoderMerge:
         return {"name": self.name, **{key: getattr(self, key) for key in self.__dataclass_fields__}}
 
 
-def most_joins(wanted: list[int], free_counts: list[int]) -> list[int]:
-    """Joins of each row in one round: what it wants, and at most a share of the tokens that could."""
-    return [min(w, math.ceil(PER_ROUND * (count // 2))) for w, count in zip(wanted, free_counts, strict=True)]
+@functools.lru_cache(maxsize=65536)
+def schedule(tokens: int, free: int, keep: int) -> tuple[int, ...]:
+    """Joins of each round until a row of `tokens` tokens, `free` of which may merge, has `keep`, or none may merge."""
+    rounds: list[int] = []
+    while (joins := _joins(tokens - keep, free)) > 0:
+        rounds.append(joins)
+        tokens, free = tokens - joins, free - joins
+    return tuple(rounds)
+
+
+def _joins(wanted: int, free: int) -> int:
+    """Joins of one round: what a row wants, and at most a share of the tokens that could."""
+    return min(wanted, math.ceil(PER_ROUND * (free // 2)))
+
+
+@functools.lru_cache
+def _factor(ratio: float, steps: int, num_layers: int) -> float:
+    """What each of the first `steps` layers leaves of the tokens, so that the mean share over layers is 1 / ratio."""
+    low, high = 0.0, 1.0  # the mean share grows with it
+    for _ in range(60):
+        factor = (low + high) / 2
+        mean = sum(factor ** min(layer + 1, steps) for layer in range(num_layers)) / num_layers
+        low, high = (low, factor) if mean > 1.0 / ratio else (factor, high)
+    return low
 
 
 def _normalised(states: Tensor, wide: torch.dtype) -> Tensor:
