@@ -21,7 +21,7 @@ LENGTHS = [37, 22, 3, 11]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that a few tokens fill more than once; and Triton in any case."""
-    for name, size in (("JOINERS", 16), ("OTHERS", 16), ("DEPTH", 64)):
+    for name, size in (("JOINERS", 16), ("OTHERS", 16), ("DEPTH", 64), ("LIST", 16), ("ROW", 16)):
         monkeypatch.setattr(kernels, name, size)
     monkeypatch.setattr(grouping, "runs_on_triton", lambda states: True)
 

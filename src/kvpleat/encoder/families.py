@@ -1,5 +1,6 @@
 """Where the hooks go in each family of encoders, and which tokens of a text are special."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,4 +109,10 @@ def special_tokens(input_ids: Tensor | None, real: Tensor, ids: tuple[int, ...])
     first = torch.where(edge, column, real.shape[1] - 1).min(1, keepdim=True).values
     last = torch.where(edge, column, 0).max(1, keepdim=True).values
     alike = (input_ids == input_ids.gather(1, first)) | (input_ids == input_ids.gather(1, last))
-    return real & (alike | torch.isin(input_ids, torch.tensor(ids, dtype=input_ids.dtype, device=real.device)))
+    return real & (alike | torch.isin(input_ids, _on(ids, input_ids.dtype, real.device)))
+
+
+@functools.lru_cache(maxsize=64)
+def _on(ids: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Ids on a device. Sending them waits for all that it does, so they stay there."""
+    return torch.tensor(ids, dtype=dtype, device=device)

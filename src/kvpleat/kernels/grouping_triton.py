@@ -18,6 +18,7 @@ from torch import Tensor
 JOINERS, OTHERS = 64, 128  # of a tile
 DEPTH = 128  # bytes of a tile's channels
 TOKENS = 8  # of a program that reads them one by one
+LIST, ROW = 128, 512  # tokens of a list and of a row that kernels are compiled for, unless there are more
 
 
 def squares(states: Tensor, compared: int) -> Tensor:
@@ -85,7 +86,7 @@ def choose(
     _choose[(rows,)](
         cost, best, joins, free.view(torch.uint8), sizes, position, place, members, towards, leaders, index,
         left.view(torch.uint8), stood, placed, cost.shape[1], most, tokens, width, place.shape[1],
-        BLOCK=triton.next_power_of_2(tokens), WHOLE=triton.next_power_of_2(place.shape[1]),
+        BLOCK=_power(tokens, ROW), WHOLE=_power(place.shape[1], ROW),
         num_warps=4 if tokens <= 1024 else 16,
     )  # fmt: skip
     return members, towards, leaders, left, index, stood, placed
@@ -102,7 +103,7 @@ def merge_round(
     _merge[width, rows](
         states, sizes, mass, leaders, kept, joins, members, towards, out, sums, total, norms, states.stride(0),
         states.stride(1), tokens, width, members.shape[1], compared, C=channels,
-        BLOCK=triton.next_power_of_2(channels), LIST=triton.next_power_of_2(members.shape[1]), ROUND=True, num_warps=4,
+        BLOCK=triton.next_power_of_2(channels), LIST=_power(members.shape[1], LIST), ROUND=True, num_warps=4,
     )  # fmt: skip
     return out, sums, total, norms
 
@@ -114,7 +115,7 @@ def merge(place: Tensor, width: int, states: Tensor, sizes: Tensor) -> Tensor:
     _merge[width, rows](
         states, sizes, sizes, place, place, place, place, place, out, sizes, sizes, sizes, states.stride(0),
         states.stride(1), tokens, width, tokens, channels, C=channels, BLOCK=triton.next_power_of_2(channels),
-        LIST=triton.next_power_of_2(tokens), ROUND=False, num_warps=4,
+        LIST=_power(tokens, LIST), ROUND=False, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -129,6 +130,10 @@ def unmerge(place: Tensor, real: Tensor, states: Tensor) -> Tensor:
             C=channels, BLOCK=triton.next_power_of_2(channels), TOKENS=TOKENS, num_warps=8,
         )  # fmt: skip
     return out
+
+
+def _power(number: int, least: int) -> int:
+    return max(least, int(triton.next_power_of_2(number)))
 
 
 @triton.jit(do_not_specialize=["tokens"])
