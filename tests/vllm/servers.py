@@ -17,7 +17,7 @@ import pytest
 import kvpleat
 
 MODEL = "smollm2-135m"
-START_S = 400  # two imports of vLLM one after the other, on cores that are busy with other tests
+START_S = 900  # two imports of vLLM one after the other, on cores that may be busy with other tests
 SOURCE = str(Path(kvpleat.__file__).parents[1])
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -26,16 +26,17 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "PYTHONPATH": SOURCE,
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
 }
 needs_vllm = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("vllm", "openai")), reason="vLLM is not installed"
 )
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
+def free_port(wanted: int = 0) -> int:
+    """A port that nobody listens on. Raises OSError where somebody listens on the one that is wanted."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(("127.0.0.1", wanted))
         return int(listener.getsockname()[1])
 
 
@@ -95,8 +96,8 @@ class Process:
 class Server(Process):
     """`kvpleat serve` with SmolLM2 and its gates of ratio 4 in float32; `flags` of vLLM beside."""
 
-    def __init__(self, log: Path, *flags: str) -> None:
-        port = free_port()
+    def __init__(self, log: Path, *flags: str, port: int | None = None) -> None:
+        port = port or free_port()
         command = [sys.executable, "-m", "kvpleat.cli", "serve", MODEL, "--policy", "dms", "--ratio", "4", "--"]
         command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
         super().__init__([*command, "--max-model-len", "1024", "--max-num-seqs", "16", *flags], log, port)

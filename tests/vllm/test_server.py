@@ -18,7 +18,7 @@ from kvpleat import policies
 from kvpleat.hf.models import LoadedModel, load
 from tests.vllm.servers import MODEL, Server, needs_vllm
 
-pytestmark = [needs_vllm, pytest.mark.slow]
+pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 openai: Any = pytest.importorskip("openai")
 
 SPEECH = (Path(__file__).parents[2] / "examples" / "kennedy-1961.txt").read_text(encoding="utf-8")
