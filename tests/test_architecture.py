@@ -26,7 +26,8 @@ LEVELS = [
     {"encoder"},
     {"__init__"},
     {"engine", "retrofit"},
-    {"bench", "vllm"},
+    {"vllm"},
+    {"bench"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, level in enumerate(LEVELS) for name in level}
