@@ -67,7 +67,7 @@ class Work(NamedTuple):
 # By channels, rounded up: from `python -m kvpleat.bench.kernels --only decode --sweep`.
 LAUNCHES = {
     32: Launch(tile=128, warps=4, stages=3, programs=2),
-    64: Launch(tile=128, warps=4, stages=2, programs=3),
+    64: Launch(tile=64, warps=2, stages=2, programs=6, early=True),
     128: Launch(tile=64, warps=4, stages=3, programs=2),
     256: Launch(tile=32, warps=4, stages=3, programs=2),
 }
