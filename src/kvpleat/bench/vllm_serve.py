@@ -36,19 +36,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "vocab_size": 128256, "rope_theta": 5e5, "hidden_act": "silu",
         "tie_word_embeddings": False,
     },
     "qwen3-8b": {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
         "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "vocab_size": 151936, "rope_theta": 1e6, "hidden_act": "silu",
         "tie_word_embeddings": False, "attention_bias": False,
     },
     "tiny": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-        "vocab_size": 32000, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "vocab_size": 32000, "rope_theta": 1e4, "hidden_act": "silu",
         "tie_word_embeddings": False,
     },
 }  # fmt: skip
@@ -68,6 +68,7 @@ def write_model(shape: str, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     config = {"max_position_embeddings": POSITIONS, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1}
+    config["rms_norm_eps"] = 1e-12  # dummy weights are so small that 1e-5 would outweigh what is normalised
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape] | config))
     words = Tokenizer(models.WordLevel({str(n): n for n in range(WORDS)}, unk_token="0"))
