@@ -83,10 +83,11 @@ class PleatedManager(FullAttentionManager):
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
         """Blocks that are missing for so many tokens; those that are too many go back. Where vLLM asks whether a whole
         request would fit: what it is expected to need."""
+        held = self.req_to_blocks.get(request_id, [])
         if kwargs.get("apply_admission_cap"):
             first = -(-min(num_tokens, self._spec.chunk) // self.block_size)
-            return max(int(first), self._spec.expected_blocks(num_tokens))
-        held, needed = self.req_to_blocks.get(request_id, []), self.ledger.charge(request_id, num_tokens)
+            return max(0, max(int(first), self._spec.expected_blocks(num_tokens)) - len(held))
+        needed = self.ledger.charge(request_id, num_tokens)
         if len(held) > needed + 1:
             self.block_pool.free_blocks(reversed(held[needed + 1 :]))
             self.ledger.held(request_id, needed + 1, freed=len(held) - needed - 1)

@@ -99,7 +99,8 @@ class Ledger:
             return
         heapq.heappush(self._free, account.seat)
         self._changes.seated = [x for x in self._changes.seated if x[0] != account.seat]
-        self._changes.released.append(account.seat)
+        if account.seat not in self._changes.released:  # workers can empty a row once
+            self._changes.released.append(account.seat)
 
     def take_changes(self) -> Changes:
         """What became of seats since this was last asked."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 GAUGES = {
@@ -79,6 +79,9 @@ class Metrics(KVConnectorPromMetrics):
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        for old in list(REGISTRY._collector_to_names):  # of an engine before this one: vLLM replaces its own as well
+            if getattr(old, "_name", "").startswith("kvpleat_"):
+                REGISTRY.unregister(old)
         kinds = [(GAUGES, metric_types[Gauge]), (COUNTERS, metric_types[Counter])]
         self._metrics = {
             name: self._of_engines(kind(name=f"kvpleat_{name}", documentation=said, labelnames=labelnames))

@@ -67,7 +67,7 @@ class Settings:
         options = dict(options)
         name = options.pop("policy", None)
         if name == "window":
-            return cls(None, _window(**options) if set(options) <= {"budget", "sinks"} else _window(None))
+            return cls(None, _window(options))
         if name not in LEARNED:
             raise UnsupportedError(
                 f"policy={name!r} inside vLLM: {_why(name)} Policies that work there: {', '.join(LEARNED)}, window."
@@ -95,13 +95,15 @@ def _why(name: Any) -> str:
     return "full needs no kvpleat." if name == "full" else "it is not known."
 
 
-def _window(budget: Any = None, sinks: Any = 4) -> Delay:
+def _window(options: dict[str, Any]) -> Delay:
     """A window that slides by one token: every entry leaves when it is so old, but for the first ones."""
-    if not (isinstance(budget, int) and isinstance(sinks, int)) or sinks < 0 or budget < sinks + 2:
+    given = {"budget": None, "sinks": 4} | options
+    budget, sinks, *others = given.values()
+    if others or type(budget) is not int or type(sinks) is not int or not 0 <= sinks <= budget - 2:
         raise OptionError(
-            f"window with budget={budget!r}, sinks={sinks!r}: inside vLLM it takes exactly these two, a number of "
-            "entries that each stream keeps, and how many of them are the first ones. Pass "
-            '{"policy": "window", "budget": 1024, "sinks": 4}.'
+            f"window with {', '.join(f'{name}={value!r}' for name, value in given.items())}: inside vLLM it takes "
+            "exactly budget, a number of entries that each stream keeps, and sinks, how many of them are the first "
+            'ones. Pass {"policy": "window", "budget": 1024, "sinks": 4}.'
         )
     return Delay(budget - sinks - 1, sinks=sinks)
 
@@ -149,7 +151,7 @@ def check(vllm_config: Any) -> None:
         ("decode context parallelism", parallel.decode_context_parallel_size > 1, "leave it out"),
         ("a quantized KV cache", cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
          "leave out --kv-cache-dtype"),
-        ("a block size that is no page size", cache.block_size not in PAGE_SIZES,
+        ("a block size that is no page size", cache.block_size not in (None, *PAGE_SIZES),
          f"pass --block-size {PAGE_SIZES[0]}"),
         ("a LoRA of vLLM's", vllm_config.lora_config is not None, "merge it into the weights"),
     ):  # fmt: skip

@@ -1,0 +1,87 @@
+"""The same tokens in pools that are too small, on two workers, compiled, in another process, and with real weights.
+
+Each test starts an engine of its own, and ends it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm import engines  # isort: skip  # skips this module where vLLM is not installed
+
+import torch
+
+from kvpleat.hf import smollm2
+from kvpleat.policies import registry
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]  # of vLLM's
+
+
+@pytest.mark.parametrize(("family", "method"), [("qwen3", "fold"), ("gpt2", "dms"), ("llama", "window")])
+def test_preempted_requests_say_the_same(family: str, method: str, tmp_path: Path) -> None:
+    """A pool for one request of the maximum length and little more, with eight that want to run, and gates that promise
+    more than they keep: too many are let in."""
+    model, policy, options = engines.make(tmp_path, family, method, 16.0, num_gpu_blocks_override=28)
+    with engines.started(tmp_path / "model", **options) as llm:
+        asked = engines.prompts((100, 90, 110, 80, 120, 60, 33, 101))
+        before = engines.counted(llm, "vllm:num_preemptions")
+        assert engines.answers(llm, asked, engines.told(48)) == engines.Case(llm, model, policy).want(asked, 48)
+        assert engines.counted(llm, "vllm:num_preemptions") - before > 0, "nobody was preempted: a weak test"
+        engines.assert_empty(llm)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options"),
+    [
+        pytest.param("llama", "fold", {"tensor_parallel_size": 2}, id="llama-fold-tp2"),
+        pytest.param("gpt2", "dms", {"tensor_parallel_size": 2}, id="gpt2-dms-tp2"),
+        # vLLM's runner for CPUs knows what goes from stage to stage only after a rehearsal, which it leaves out if eager.
+        pytest.param("llama", "dmc", {"pipeline_parallel_size": 2, "enforce_eager": False}, id="llama-dmc-pp2"),
+        pytest.param("qwen3", "fold", {"enforce_eager": False}, id="qwen3-fold-compiled"),
+        pytest.param("llama", "dms", {"async_scheduling": True}, id="llama-dms-own-process"),
+    ],
+)
+def test_other_ways_to_run(
+    family: str, method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers that share heads or layers; compiled; an engine in a process of its own, where the scheduler is a
+    step ahead of what workers report. The pool is small, so that it matters."""
+    if "async_scheduling" in options:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    if len(set(options) & {"tensor_parallel_size", "pipeline_parallel_size"}):
+        options = options | {"distributed_executor_backend": "mp"}
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(engines.__file__).parents[2] / "src")]))
+    model, policy, given = engines.make(tmp_path, family, method, num_gpu_blocks_override=40, **options)
+    with engines.started(tmp_path / "model", **given) as llm:
+        asked = engines.prompts((1, 17, 64, 130, 90, 100))
+        assert engines.answers(llm, asked) == engines.Case(llm, model, policy).want(asked)
+        assert engines.answers(llm, asked[::-1]) == engines.Case(llm, model, policy).want(asked[::-1])
+
+
+@pytest.fixture(scope="module")
+def smol() -> Path:
+    """Real weights, in float32."""
+    if not smollm2.target_folder().is_dir() and smollm2.package_folder() is None:
+        pytest.skip(f"SmolLM2 is not installed: {smollm2.INSTALL}")
+    return smollm2.converted(progress=False)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dms", "fold", "dmc"])
+def test_smollm2_with_its_shipped_gates_and_their_lora(name: str, smol: Path) -> None:
+    """At ratio 4, past the gates' delay of 256 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = (Path(__file__).parents[2] / "examples" / "kennedy-1961.txt").read_text()
+    tokens = AutoTokenizer.from_pretrained(smol)(text)["input_ids"]
+    asked = [tokens[:340], tokens[500:610], tokens[900:915]]
+    model = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32).eval()
+    want = engines.by_transformers(model, registry()[name](ratio=4.0), asked)
+    del model
+    given = engines.options("llama", {"policy": name, "ratio": 4}, max_num_batched_tokens=256)
+    with engines.started(smol, **given) as llm:
+        assert engines.answers(llm, asked) == want
+        engines.assert_empty(llm)
