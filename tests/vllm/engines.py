@@ -229,8 +229,9 @@ class Case:
         return by_transformers(self.model, self.policy, asked, tokens)
 
 
-def make(folder: Path, family: str, method: str, ratio: float = 2.0, **more: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """A model, the policy for transformers, and what vLLM is started with. ratio: what gates promise; it is about 2."""
+def make(folder: Path, family: str, method: str, bias: float = 0.0, **more: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """A model, the policy for transformers, and what vLLM is started with. bias: see `gates_for`;
+    gates with one promise more than they keep."""
     model = saved(folder / "model", family)
     if family == "llama":
         model.model.embed_tokens.weight.data[BROKEN] = float("nan")
@@ -238,6 +239,6 @@ def make(folder: Path, family: str, method: str, ratio: float = 2.0, **more: Any
         model.save_pretrained(folder / "model")
     policy, asked = None, {"policy": "window", **WINDOW}
     if method != "window":
-        policy = policy_of(gates_for(model, folder / "gates", method, ratio=ratio))
+        policy = policy_of(gates_for(model, folder / "gates", method, bias=bias, ratio=2.0 if bias == 0 else 16.0))
         asked = {"policy": method, "gates": str(folder / "gates")}
     return model, policy, options(family, asked, **more)

@@ -23,11 +23,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]  #
 def test_preempted_requests_say_the_same(family: str, method: str, tmp_path: Path) -> None:
     """A pool for one request of the maximum length and little more, with eight that want to run, and gates that promise
     more than they keep: too many are let in."""
-    model, policy, options = engines.make(tmp_path, family, method, 16.0, num_gpu_blocks_override=28)
+    model, policy, options = engines.make(tmp_path, family, method, -2.0, num_gpu_blocks_override=28)
     with engines.started(tmp_path / "model", **options) as llm:
         asked = engines.prompts((100, 90, 110, 80, 120, 60, 33, 101))
         before = engines.counted(llm, "vllm:num_preemptions")
-        assert engines.answers(llm, asked, engines.told(48)) == engines.Case(llm, model, policy).want(asked, 48)
+        assert engines.answers(llm, asked, engines.told(96)) == engines.Case(llm, model, policy).want(asked, 96)
         assert engines.counted(llm, "vllm:num_preemptions") - before > 0, "nobody was preempted: a weak test"
         engines.assert_empty(llm)
 
@@ -37,7 +37,7 @@ def test_preempted_requests_say_the_same(family: str, method: str, tmp_path: Pat
     [
         pytest.param("llama", "fold", {"tensor_parallel_size": 2}, id="llama-fold-tp2"),
         pytest.param("gpt2", "dms", {"tensor_parallel_size": 2}, id="gpt2-dms-tp2"),
-        # vLLM's runner for CPUs knows what goes from stage to stage only after a rehearsal, which it leaves out if eager.
+        # vLLM's runner for CPUs learns what goes from stage to stage in a rehearsal, which it leaves out if eager.
         pytest.param("llama", "dmc", {"pipeline_parallel_size": 2, "enforce_eager": False}, id="llama-dmc-pp2"),
         pytest.param("qwen3", "fold", {"enforce_eager": False}, id="qwen3-fold-compiled"),
         pytest.param("llama", "dms", {"async_scheduling": True}, id="llama-dms-own-process"),
