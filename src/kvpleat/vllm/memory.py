@@ -39,7 +39,7 @@ class Memory:
 
     Args:
         shape: of this worker's layers and heads. delay: of the policy.
-        seats: requests at a time. rows: of the largest batch, padding included. length: of a request, in tokens.
+        seats: requests at a time. length: of a request, in tokens.
         tokens: of the largest step. outputs: numbers of a gate; 0: there are no gates, all entries are marked.
         rotary: how keys are rotated, where entries merge.
     """
@@ -49,7 +49,6 @@ class Memory:
         shape: KVShape,
         delay: Delay,
         seats: int,
-        rows: int,
         length: int,
         tokens: int,
         outputs: int,
@@ -58,7 +57,7 @@ class Memory:
     ) -> None:
         self.shape, self.delay, self.device = shape, delay, device
         self.rotary = None if rotary is None else Rotary(rotary.inv_freq.to(device))
-        self.pool: DevicePool = new_pool(shape, delay, max(seats, rows), 1, length, device)
+        self.pool: DevicePool = new_pool(shape, delay, seats, 1, length, device)
         self.said = torch.ones(max(1, outputs), tokens, shape.num_kv_heads, dtype=torch.float32, device=device)
         self._seat_of = torch.full((1,), -1, dtype=torch.int32, device=device)
         self._works: dict[int, Work] = {}

@@ -74,7 +74,7 @@ def _attach(model: nn.Module, vllm_config: Any) -> LoraWeights | None:
     scheduler, length = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [1]
     memory = Memory(
-        shape, delay, scheduler.max_num_seqs, max(*sizes, scheduler.max_num_seqs), length,
+        shape, delay, scheduler.max_num_seqs, length,
         scheduler.max_num_batched_tokens + max(sizes), gates.config.outputs if gates else 0,
         _rotary(config) if delay.merges else None, device,
     )  # fmt: skip
