@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     pytest.importorskip("vllm")
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
     from vllm.v1.core.block_pool import BlockPool as BlockPool
 
     import kvpleat.vllm.connector
@@ -106,6 +107,7 @@ def started(folder: Path, **given: Any) -> Iterator[Any]:
         finally:
             if llm is not None:
                 llm.llm_engine.engine_core.shutdown()
+            ensure_kv_transfer_shutdown()  # an engine that failed to start has left its connector
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvpleat.errors import CacheError
 from kvpleat.vllm.backend import rehearse
 from kvpleat.vllm.cache import PleatedSpec, check_pool
 from kvpleat.vllm.ledger import Changes, Ledger, Report, ledgers
@@ -135,7 +136,16 @@ class KvpleatConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- in a worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The memory that vLLM allocated."""
+        """The memory that vLLM allocated.
+
+        Raises:
+            CacheError: it is a second one, and the model of the first would go on to be asked.
+        """
+        if self._memory is not None:
+            raise CacheError(
+                "vLLM gave a second KV cache to one connector, which knows the first model alone, so answers would be "
+                "wrong: an engine that failed to start has left it in this process. Start vLLM in a new process."
+            )
         context = self._vllm_config.compilation_config.static_forward_context
         for name, tensor in kv_caches.items():
             memory = getattr(context[name].impl, "memory", None)
