@@ -54,11 +54,11 @@ def plan(lengths, active, seats, starts, tiles, shares, streams, ahead, steps, r
         z = first + tl.arange(0, BLOCK)
         here = z < streams
         length = tl.load(lengths + _row(z, active, seats, here, H) * row + z % H * head, mask=here, other=0)
-        pages = tl.cdiv(length + ahead, S)
-        if active is not None:
+        pages = tl.maximum(tl.cdiv(length + ahead, S), 1)  # zeros have to be written where there is nothing
+        if active is not None:  # rows without a token: zeros are written as well, but they are nobody's share
             pages = tl.where(tl.load(active + z // H, mask=here, other=0), pages, 0)
-        pages = tl.where(here, tl.maximum(pages, 1), 0)  # zeros have to be written where there is nothing
-        count = tl.cdiv(pages, TILE)
+        pages = tl.where(here, pages, 0)
+        count = tl.where(here, tl.maximum(tl.cdiv(pages, TILE), 1), 0)  # who walks over one needs a step for it
         tl.store(starts + z, pages_before + tl.cumsum(pages, 0) - pages, mask=here)
         tl.store(tiles + z, tiles_before + tl.cumsum(count, 0) - count, mask=here)
         pages_before += tl.sum(pages, 0)
@@ -186,6 +186,12 @@ def attend(q, keys, values, log_weight, table, lengths, active, seats, starts, s
     top = tl.full([GROUP], float("-inf"), tl.float32)
     total = tl.zeros([GROUP, N], tl.float32)  # added up where a stream ends, not in every tile
     acc = tl.zeros([GROUP, CHANNELS], tl.float32)
+    if active is not None:
+        for turn in range(0, tl.cdiv(streams // H, tl.num_programs(0))):
+            row = program + turn * tl.num_programs(0)
+            if tl.load(active + row, mask=row < streams // H, other=1) == 0:
+                for head in range(H):
+                    _store(row * H + head, top, tl.sum(total, axis=1), acc, out, lse, H, G, D, GROUP, CHANNELS)
     # What says where the next tile lies is read while this one is computed, so nothing waits for it.
     pages, length = _stream(table, lengths, active, seats, z, at - begin, capacity, table_row, table_head,
                             lengths_row, lengths_head, H, S, N)  # fmt: skip
