@@ -262,6 +262,7 @@ def test_flags_are_a_decision() -> None:
         | {"--weights", "--lm-eval", "--lm-eval-path", "--quick", "--shard", "--list"},
         "bench": run | {"--batch", "--context", "--steps", "--warmup", "--repeats"},
         "report": {"files", "--out", "--markdown"},
+        "serve": {"model", "flags", "--policy", "--ratio", "--gates", "--budget", "--sinks", "--dry-run"},
         "encode": {
             "file",
             "--model",
