@@ -67,6 +67,11 @@ def _attach(model: nn.Module, vllm_config: Any) -> LoraWeights | None:
     first: Any = next(iter(layers.values()))
     device = next(model.parameters()).device
     depth = -(-int(config.num_hidden_layers) // get_pp_group().world_size)
+    if len(layers) > depth:
+        raise UnsupportedError(
+            f"This worker has {len(layers)} layers, more than an even share of {depth}: blocks of all workers must be "
+            "alike. Leave out VLLM_PP_LAYER_PARTITION."
+        )
     shape = KVShape(
         depth, first.num_kv_heads, first.num_heads, first.head_size, vllm_config.model_config.dtype,
         vllm_config.cache_config.block_size, fields=("log_weight",) if delay.log_size else (),
