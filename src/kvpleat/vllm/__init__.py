@@ -9,5 +9,6 @@ vLLM's scheduler, its OpenAI server, its parallelism and its models stay what th
 5. `ledger.py`: what each request is charged, in vLLM's blocks; `cache.py`: the spec and the manager that ask it.
 6. `connector.py`: what the scheduler tells the workers about seats, and what they tell it about pages.
 
-`settings.py` reads what a user asks for, and refuses what cannot work.
+`settings.py` reads what a user asks for, and refuses what cannot work; `metrics.py` is what Prometheus hears,
+`command.py` what `kvpleat serve` runs.
 """

@@ -64,7 +64,6 @@ class Memory:
         self._asked: deque[Asked] = deque()
         self._steps = 0
         self.live = False  # whether a step with requests runs, and no rehearsal of vLLM's
-        self.bound = False
 
     @property
     def entry_bytes(self) -> int:
@@ -96,7 +95,6 @@ class Memory:
             free_count=ints(1, pages),
         )
         self._seat_of = ints(blocks, -1)
-        self.bound = True
 
     def seats(self, first_blocks: Tensor) -> Tensor:
         """[n] int32 rows of the pool of requests by their first blocks [n]; -1: nobody's."""

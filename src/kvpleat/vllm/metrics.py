@@ -16,7 +16,7 @@ GAUGES = {
 }
 COUNTERS = {
     "freed_blocks": "Blocks that came back from requests that go on.",
-    "forced_evictions": "Entries that left before their time because a request was charged too little; 0, or a bug.",
+    "forced_evictions": "Entries that left before their time: always 0, since requests are charged the worst case.",
 }
 
 

@@ -20,7 +20,7 @@ from kvpleat.hf import families
 from kvpleat.kernels import gate
 from kvpleat.policies import Gates
 from kvpleat.policies.lora import LoraWeights
-from kvpleat.types import Delay, KVShape, Rotary
+from kvpleat.types import KVShape, Rotary
 from kvpleat.vllm.backend import PleatedBackend, PleatedImpl
 from kvpleat.vllm.cache import PleatedSpec
 from kvpleat.vllm.memory import Memory
@@ -85,7 +85,7 @@ def _attach(model: nn.Module, vllm_config: Any) -> LoraWeights | None:
     )  # fmt: skip
     spec = PleatedSpec(
         block_size=shape.page_size, num_kv_heads=shape.num_streams, head_size=memory.entry_bytes, dtype=torch.uint8,
-        waiting=delay.tokens + 1 + delay.sinks, ratio=_ratio(gates, delay, length),
+        waiting=delay.tokens + 1 + delay.sinks, ratio=gates.config.ratio if gates else float(length),
         seats=scheduler.max_num_seqs, chunk=scheduler.max_num_batched_tokens,
     )  # fmt: skip
     for place, (name, layer) in enumerate(layers.items()):
@@ -129,11 +129,6 @@ def _refuse(layers: dict[str, Any], config: Any) -> None:
             )
         if layer.has_sink:
             raise UnsupportedError(f"{name} has attention sinks of the model's own, which kvpleat does not know.")
-
-
-def _ratio(gates: Gates | None, delay: Delay, length: int) -> float:
-    """Tokens for one entry, beyond those that wait."""
-    return gates.config.ratio if gates is not None else float(max(1, length))
 
 
 def _rotary(config: Any) -> Rotary | None:
