@@ -158,7 +158,7 @@ class Memory:
         streams, size = self.shape.num_streams, self.entry_bytes
         plain = 2 * self.shape.head_dim * self.shape.dtype.itemsize
         full = sum(tokens for *_, tokens in fed) * streams * plain
-        return Usage(full, entries * size, pages * self.shape.page_size * size, most, entries / streams)
+        return Usage(full, entries * size, pages * self.shape.page_size * size, most, entries, streams)
 
     def _sent(self, numbers: Any) -> Tensor:
         x = torch.tensor(numbers, dtype=torch.int32)

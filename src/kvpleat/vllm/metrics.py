@@ -22,22 +22,25 @@ COUNTERS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one worker or several, after a step: bytes as in GAUGES. most: entries of the fullest head. mean: of all."""
+    """Of one worker or several, after a step: bytes as in GAUGES. most: entries of the fullest head. entries: of all,
+    and how many heads these are: sums, so that any number of workers can be put together in any order."""
 
     full_bytes: int
     live_bytes: int
     allocated_bytes: int
     most: int
-    mean: float
+    entries: int
+    heads: int
 
     def __or__(self, other: "Usage") -> "Usage":
-        """Of both. Means are of heads: all workers have as many."""
+        """Of both."""
         return Usage(
             self.full_bytes + other.full_bytes,
             self.live_bytes + other.live_bytes,
             self.allocated_bytes + other.allocated_bytes,
             max(self.most, other.most),
-            (self.mean + other.mean) / 2,
+            self.entries + other.entries,
+            self.heads + other.heads,
         )
 
     def numbers(self) -> dict[str, float]:
@@ -47,7 +50,7 @@ class Usage:
             "live_bytes": self.live_bytes,
             "allocated_bytes": self.allocated_bytes,
             "compression_ratio": self.full_bytes / self.allocated_bytes if self.allocated_bytes else 1.0,
-            "head_skew": self.most / self.mean if self.mean else 1.0,
+            "head_skew": self.most * self.heads / self.entries if self.entries else 1.0,
         }
 
 
