@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from kvpleat.vllm.settings import CONNECTOR, KEY, PREFIX
 DUMMY = 1e-3  # vLLM draws dummy weights from -DUMMY to DUMMY
 WORDS = 30_000  # of the tokenizer: each a number, so that text and tokens are the same thing
 POSITIONS = 40_960
+SPARE = 64  # tokens above those of a case: vLLM's benchmark draws prompts of about that length
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -71,9 +73,11 @@ def write_model(shape: str, folder: Path) -> None:
     config["rms_norm_eps"] = 1e-12  # dummy weights are so small that 1e-5 would outweigh what is normalised
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape] | config))
-    words = Tokenizer(models.WordLevel({str(n): n for n in range(WORDS)}, unk_token="0"))
+    special = ("<pad>", "<end>")  # no numbers: they are found inside of other words too
+    numbers = {str(n): n for n in range(len(special), WORDS)}
+    words = Tokenizer(models.WordLevel(dict(zip(special, (0, 1), strict=True)) | numbers, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
 
 
 def gates_for_dummy_weights(shape: str, ratio: float, tokens: int) -> Gates:
@@ -112,13 +116,19 @@ def command(arm: str, model: Path, shape: str, port: int, length: int, extra: li
 
 
 def metrics(port: int) -> dict[str, float]:
-    """COUNTED of the server's /metrics, summed over labels."""
-    found: dict[str, float] = {}
+    """`counted` of the server's /metrics; nothing if it does not answer."""
     with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        for line in answer.read().decode().splitlines():
-            name = line.partition("{")[0].partition(" ")[0]
-            if name in COUNTED:
-                found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+        return counted(answer.read().decode())
+    return {}
+
+
+def counted(text: str) -> dict[str, float]:
+    """COUNTED of what Prometheus is told, summed over labels."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in COUNTED:
+            found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
     return found
 
 
@@ -178,21 +188,47 @@ def measure(model: Path, port: int, tokens: int, answer: int, clients: int, seco
     return {name: said[name] for name in KEPT if name in said}
 
 
+def cases_of(text: str) -> list[tuple[int, int, int]]:
+    """(tokens of a prompt, tokens of an answer, clients) of each case.
+
+    Raises:
+        ArgumentTypeError: it is none, or a request is longer than the model has positions.
+    """
+    cases = []
+    for case in text.split(","):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", case):
+            raise argparse.ArgumentTypeError(f"{case!r} is no case. Write PROMPTxANSWERxCLIENTS, such as 8192x256x8.")
+        prompt, answer, clients = map(int, case.split("x"))
+        if prompt + answer + SPARE > POSITIONS:
+            raise argparse.ArgumentTypeError(
+                f"{case!r}: prompt and answer may have {POSITIONS - SPARE} tokens together. Ask for fewer."
+            )
+        cases.append((prompt, answer, clients))
+    return cases
+
+
+def ratio_of(text: str) -> float:
+    """Raises ArgumentTypeError for what is no ratio that gates were measured near to."""
+    with contextlib.suppress(ValueError):
+        if 1 < float(text) <= 16:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no ratio above 1 and up to 16; for ratio 1 take --arm dense.")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3-8b")
     parser.add_argument("--arm", choices=ARMS, required=True)
-    parser.add_argument("--ratio", type=float, default=4.0, help="of kvpleat, for rows of 8,192 tokens (4)")
-    parser.add_argument("--cases", default="8192x256x1,8192x256x8", metavar="PROMPTxANSWERxCLIENTS,...")
+    parser.add_argument("--ratio", type=ratio_of, default=4.0, help="of kvpleat, for rows of 8,192 tokens (4)")
+    parser.add_argument("--cases", type=cases_of, default="8192x256x1,8192x256x8", metavar="PROMPTxANSWERxCLIENTS,...")
     parser.add_argument("--seconds", type=float, default=600.0, help="no case goes on after that (600)")
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep all figures there, as they are measured")
     parser.add_argument("extra", nargs="*", help="after --: more arguments of `vllm serve`")
     given = parser.parse_args(argv)
     start = time.monotonic()
-    cases = [tuple(int(x) for x in case.split("x")) for case in given.cases.split(",")]
-    length = max(prompt + answer for prompt, answer, _ in cases) + 64
+    length = max(prompt + answer for prompt, answer, _ in given.cases) + SPARE
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / given.shape
         write_model(given.shape, model)
@@ -201,12 +237,12 @@ def main(argv: list[str] | None = None) -> int:
         made = command(given.arm, model, given.shape, given.port, length, given.extra)
         server = Server(made, given.port, Path(folder) / "log.txt")
         try:
-            return _run(server, model, given, cases, start)
+            return _run(server, model, given, start)
         finally:
             server.close()
 
 
-def _run(server: Server, model: Path, given: argparse.Namespace, cases: list[Any], start: float) -> int:
+def _run(server: Server, model: Path, given: argparse.Namespace, start: float) -> int:
     def left() -> float:
         return float(start + given.seconds - time.monotonic())
 
@@ -216,7 +252,7 @@ def _run(server: Server, model: Path, given: argparse.Namespace, cases: list[Any
     print(json.dumps(about), flush=True)
     measure(model, given.port, 600, 8, 2, left())  # compiles what is compiled at the first request
     records: list[dict[str, Any]] = []
-    for prompt, answer, clients in cases:
+    for prompt, answer, clients in given.cases:
         record: dict[str, Any] = about | {"prompt": prompt, "answer": answer, "clients": clients}
         before = metrics(given.port)
         try:
