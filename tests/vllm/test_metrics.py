@@ -14,7 +14,7 @@ from kvpleat.vllm.metrics import COUNTERS, Stats, Usage
 WORKERS = (Usage(800, 100, 200, 90, 100, 4), Usage(800, 200, 400, 60, 200, 4), Usage(400, 600, 600, 300, 600, 2))
 
 
-@pytest.mark.parametrize("order", permutations(WORKERS), ids=str)
+@pytest.mark.parametrize("order", list(permutations(WORKERS)), ids=lambda x: "-".join(str(y.heads) for y in x))
 def test_any_number_of_workers_in_any_order(order: tuple[Usage, ...]) -> None:
     """Ten heads with 900 entries hold 90 in the mean, and the fullest 300."""
     numbers = reduce(or_, order).numbers()

@@ -1,5 +1,6 @@
 """What vLLM says at its start to settings that cannot work beside kvpleat, and what it may leave on."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ WINDOW = {"policy": "window", **engines.WINDOW}
             "kv_connector is 'ExampleConnector'.*token positions",
             id="another-connector",
         ),
-        pytest.param({"kv_cache_dtype": "fp8"}, "quantized KV cache.*--kv-cache-dtype", id="fp8"),
-        pytest.param({"block_size": 128}, "no page size.*--block-size 16", id="block-size"),
+        pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8.*--kv-cache-dtype", id="fp8"),
+        pytest.param({"block_size": 128}, "block_size=128.*--block-size 16", id="block-size"),
         pytest.param(
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-            "speculative decoding",
+            r"speculative decoding \(ngram\).*--speculative-config",
             id="speculative",
         ),
+        pytest.param({"kv_offloading_size": 1.0}, r"kv_offloading_size=1\.0.*--kv-offloading-size", id="offloading"),
+        pytest.param({"attention_backend": "TRITON_ATTN"}, "attention_backend=TRITON_ATTN", id="attention-backend"),
         pytest.param({"policy": {"policy": "attention", "ratio": 4}}, "policy='attention' inside vLLM", id="attention"),
         pytest.param({"policy": {"policy": "dms", "gates": "model"}}, "gates='model'", id="borrowed-gates"),
         pytest.param({"policy": None}, "kvpleat=None, so there is no policy", id="no-policy"),
@@ -73,15 +76,19 @@ def test_a_connector_that_an_engine_left_behind_serves_no_other() -> None:
         left.register_kv_caches({})
 
 
-def test_prefix_caching_may_stay_on_and_never_hits(tmp_path: Path) -> None:
-    """vLLM has it on unless it is told otherwise. The same prompt twice, and one that begins like it."""
-    model, policy, given = engines.make(tmp_path, "llama", "dms", enable_prefix_caching=True)
+def test_prefix_caching_is_off_although_vllm_has_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in one line, and by vLLM's own configuration. The same prompt twice, and one that begins like it."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("vllm.kvpleat"), "warning", lambda text, *args: said.append(text % args))
+    model, policy, given = engines.make(tmp_path, "llama", "dms")
     with engines.started(tmp_path / "model", **given) as llm:
+        assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         (prompt,) = engines.prompts((100,))
         asked = [prompt, prompt, [*prompt[:64], *prompt[10:30]]]
         want = engines.Case(llm, model, policy).want(asked)
-        before = engines.counted(llm, "vllm:prefix_cache_hits")
         assert [engines.answers(llm, [x])[0] for x in asked] == want
         assert engines.answers(llm, asked) == want
-        assert engines.counted(llm, "vllm:prefix_cache_hits") == before
+        assert engines.counted(llm, "vllm:prefix_cache_queries") == 0
         engines.assert_empty(llm)
+    (line,) = said
+    assert "switched prefix caching off" in line

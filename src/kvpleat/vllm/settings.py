@@ -28,6 +28,15 @@ ARCHITECTURES = {
 }
 VERSIONS = (26, 33)  # minor versions of vLLM 0.x: the first one, and the first that is too new
 LEARNED = ("dms", "fold", "dmc")
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # --kv-cache-dtype
+# why settings of vLLM cannot be
+TAKEN_BACK = "a guessed token that is wrong would have to be taken out of a compressed cache again"
+PLACES = "it finds pages by token positions, at which those of a compressed request do not lie"
+ONE_DEVICE = "a KV head's entries, and what its gates decided, must lie on one device"
+ENTRIES = "entries are kept in 16 or 32 bits, as the model computes them"
+BLOCKS = "a block is a page of each KV head, and the kernels know pages of other sizes"
+WEIGHTS = "gates were trained with one set of weights"
+BACKEND = "kvpleat brings the attention that reads its cache, so this one would never run"
 
 
 @dataclass(frozen=True)
@@ -143,17 +152,24 @@ def check(vllm_config: Any) -> None:
         raise OptionError(
             f"kv_connector is {connector and connector.kv_connector!r}: workers could not tell the scheduler how much "
             f'memory requests need. Pass --kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_role": '
-            '"kv_both"}\'; other connectors move pages by token positions, which compressed requests do not have.'
+            f'"kv_both"}}\' instead. Of another connector: {PLACES}.'
         )
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    for said, wrong, remedy in (
-        ("speculative decoding", vllm_config.speculative_config is not None, "leave out --speculative-config"),
-        ("decode context parallelism", parallel.decode_context_parallel_size > 1, "leave it out"),
-        ("a quantized KV cache", cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
-         "leave out --kv-cache-dtype"),
-        ("a block size that is no page size", cache.block_size not in (None, *PAGE_SIZES),
-         f"pass --block-size {PAGE_SIZES[0]}"),
-        ("a LoRA of vLLM's", vllm_config.lora_config is not None, "merge it into the weights"),
+    guesses = vllm_config.speculative_config
+    for said, wrong, why, remedy in (
+        (f"speculative decoding ({getattr(guesses, 'method', None)})", guesses is not None, TAKEN_BACK,
+         "leave out --speculative-config"),
+        (f"decode_context_parallel_size={parallel.decode_context_parallel_size}",
+         parallel.decode_context_parallel_size > 1, ONE_DEVICE, "leave it out"),
+        (f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}",
+         parallel.prefill_context_parallel_size > 1, ONE_DEVICE, "leave it out"),
+        (f"kv_cache_dtype={cache.cache_dtype}", cache.cache_dtype not in DTYPES, ENTRIES, "leave out --kv-cache-dtype"),
+        (f"block_size={cache.block_size}", cache.block_size not in (None, *PAGE_SIZES), BLOCKS,
+         f"pass --block-size {PAGE_SIZES[0]} or {PAGE_SIZES[1]}"),
+        (f"kv_offloading_size={cache.kv_offloading_size}", cache.kv_offloading_size is not None, PLACES,
+         "leave out --kv-offloading-size"),
+        ("a LoRA of vLLM's (enable_lora)", vllm_config.lora_config is not None, WEIGHTS,
+         "merge it into the model and leave out --enable-lora"),
     ):  # fmt: skip
         if wrong:
-            raise UnsupportedError(f"kvpleat cannot serve {said} inside vLLM; please {remedy}.")
+            raise UnsupportedError(f"{said}: kvpleat cannot serve with it inside vLLM, because {why}. Please {remedy}.")
