@@ -170,11 +170,14 @@ def test_nothing_is_read(runner: Runner, sampling: dict[str, Any], monkeypatch: 
 @pytest.mark.parametrize("runner", ["full", "gpt2", "gemma2", "attention", "dms", "fold", "dmc"], indirect=True)
 def test_a_graph_could_hold_it(runner: Runner) -> None:
     """What is captured makes no tensor of numbers of the host, and leaves its results where they were."""
+    runner.graph_mixed(step_tokens=200)
     before = {name: x.data_ptr() for name, x in vars(runner).items() if isinstance(x, Tensor)}
     with NoReads() as mode, torch.inference_mode():
         for n in (1, 2, 4):
             runner._decode(n, runner.pool.page_table.shape[-1])
             runner._draw(n, runner.sampler.mode)
+        for shape in runner._shapes:
+            runner._mixed_as(shape)
     assert mode.made == 0
     assert not runner._logits.requires_grad
     assert {name: x.data_ptr() for name, x in vars(runner).items() if isinstance(x, Tensor)} == before

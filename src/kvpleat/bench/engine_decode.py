@@ -90,7 +90,7 @@ def decode(bench: Bench, model: Any, case: Case, memory: int, before: dict[int, 
     rows = most + 2 if case.rows is None else min(case.rows, most)  # of more than fit the engine admits what it can
     length = min(case.tokens + engine_state.ANSWER, describe(model).max_positions)
     core = engine_state.new_core(
-        bench, model, policy, memory, rows, length, max_num_batched_tokens=engine_state.BATCHED
+        bench, model, policy, memory, rows, length, max_num_batched_tokens=engine_state.BATCHED, graph_prompts=False
     )
     try:
         engine_state.fill(core, rows, case.tokens, stays)

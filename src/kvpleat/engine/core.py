@@ -50,6 +50,7 @@ class EngineCore:
         max_logprobs: most that a request may ask for; -1: any number.
         page_size: entries of a page, 16 or 32.
         enable_prefix_caching: requests that begin as others did start from what was computed for these.
+        graph_prompts: graphs of steps with prompts, too: a few seconds at the start.
 
     Raises:
         UnsupportedError: the model or the policy is not served. OptionError: options that do not fit together.
@@ -76,6 +77,7 @@ class EngineCore:
         page_size: int = 16,
         compile: bool = False,
         enable_prefix_caching: bool = True,
+        graph_prompts: bool = True,
     ) -> None:
         sizes.check_counts(max_num_seqs, max_num_batched_tokens)
         start = time.perf_counter()
@@ -97,7 +99,7 @@ class EngineCore:
                     limits.frozen,
                 )  # fmt: skip
                 if facts.device.type in WARMED:
-                    warm_up(self.runner, limits)
+                    warm_up(self.runner, limits, graph_prompts)
         except BaseException as error:
             self._attached.close()
             if sizes.out_of_memory(error):

@@ -3,8 +3,8 @@ and what the host gets to know of it one step late.
 
 A step is as wide as the highest seat in use, rounded up to one of a few sizes (`sizes.ladder`): token i of the batch
 is that of seat i, or of nobody; rows move to close gaps. Steps without prompts have fixed shapes, so on a GPU they are
-CUDA graphs; steps with chunks of prompts run as they are. The host writes numbers into pinned memory and never reads a
-tensor of a step that runs.
+CUDA graphs, and steps with chunks of prompts are padded to some (`engine.mixed`), unless they are so large that it
+would not pay. The host writes numbers into pinned memory and never reads a tensor of a step that runs.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpleat.engine import sliding, windows
+from kvpleat.engine import mixed, sliding, windows
 from kvpleat.engine.attach import Attached
 from kvpleat.engine.attention import Prompts, Step, Tokens
 from kvpleat.engine.decisions import looking_back
@@ -26,6 +26,7 @@ from kvpleat.engine.transfer import ACTIVE, DRAWS, NUMBERS, POSITIONS, RELEASED,
 from kvpleat.kernels import decode, extend, fork, reference, update
 from kvpleat.kernels.decode import Work
 from kvpleat.kernels.device_pool import DevicePool, first_rows, new_pool
+from kvpleat.kernels.prefill import Recent
 
 
 class Launched(NamedTuple):
@@ -84,7 +85,8 @@ class Runner:
         self._next = torch.zeros(num_seats, dtype=torch.int64, device=device)  # token of each seat that is to be fed
         self._logits = torch.zeros(num_seats, vocabulary, dtype=facts.shape.dtype, device=device)
         self._seats = torch.arange(num_seats, device=device)
-        self._graphs = Graphs(device, eager)
+        self._graphs, self._eager, self._shapes = Graphs(device, eager), eager, list[mixed.Shape]()
+        self._cuts = windows.cuts(attached.policy, facts.shape)
         self._widths = {n: self._width(n) for n in ladder(num_seats)}
         for n in reversed(self._widths):  # the largest first: the others fit into its memory
             self._decode_by_graph(n)  # no seat is active, so nothing happens
@@ -199,8 +201,15 @@ class Runner:
         self._logits[:n] = self._forward(step, self._next[:n], self._written[POSITIONS, :n], None)
 
     def _mixed(self, n: int, plan: Plan) -> None:
-        """Chunks of prompts, behind the tokens of all seats if there are any."""
+        """Chunks of prompts, behind the tokens of all seats if there are any; by a graph if one is large enough."""
         policy, pool, facts = self.attached.policy, self.pool, self.attached.facts
+        shape = mixed.fitting(self._shapes, plan, self._delay)
+        if shape is not None:
+            reach = windows.reach(policy, facts.shape, plan.chunks)
+            told = mixed.packed(plan, shape, self._delay, reach)
+            self._fed[: shape.words].copy_(pinned(told, self.device), non_blocking=True)
+            self._graphs.run(shape, lambda: self._mixed_as(shape))
+            return
         lie = [x.seat for x in plan.chunks], [x.start for x in plan.chunks], [x.size for x in plan.chunks]
         chunks = extend.plan(pool, *lie, facts.rotary)
         ids, positions, last = (self._sent(x) for x in packed(plan, n))
@@ -210,7 +219,8 @@ class Runner:
             ids = torch.cat([self._next[:n], ids])
             positions = torch.cat([self._written[POSITIONS, :n], positions])
         extend.reserve(pool, chunks)
-        recent = windows.seen(policy, facts.shape, plan.chunks, chunks.starts, self._sent)
+        reach = windows.reach(policy, facts.shape, plan.chunks)
+        recent = None if reach is None else Recent(self._sent(reach), chunks.starts, policy.num_sinks)
         watched = None
         if self._observed is not None:
             watched = self._observed.watch(plan.chunks, pool.failed, self._sent)
@@ -219,6 +229,39 @@ class Runner:
         prompts = Prompts(pool, chunks, recent, watched)
         step = Step(policy, tokens, prompts, self._columns(plan), self._layers, (own, in_windows))
         self._logits[:n] = self._forward(step, ids, positions, last)
+        update.give_back(pool)
+
+    @property
+    def _delay(self) -> int:
+        return 0 if self.pool.delay is None else self.pool.delay.tokens
+
+    @torch.inference_mode()
+    def graph_mixed(self, step_tokens: int) -> None:
+        """Make graphs of steps with chunks of prompts, of up to so many tokens. While no row has a seat: each runs, and
+        nothing comes of it. Policies that look back at queries, and models with sliding windows of their own, have
+        none: what is remembered of their chunks differs in shape from step to step."""
+        if self._eager or self._observed is not None or self._sliding is not None:
+            return
+        shapes = mixed.shapes(self._seats.numel(), step_tokens, self._delay)
+        with torch.inference_mode(False):
+            self._fed = torch.zeros(max(shape.words for shape in shapes), dtype=torch.int32, device=self.device)
+        self._written[ACTIVE].zero_()
+        for shape in reversed(shapes):  # the largest first: the others fit into its memory
+            self._graphs.run(shape, lambda shape=shape: self._mixed_as(shape))
+        self._shapes = shapes
+
+    def _mixed_as(self, shape: mixed.Shape) -> None:
+        """Tokens of the first seats, and the chunks that lie in memory: what a CUDA graph holds."""
+        policy, pool, facts, n = self.attached.policy, self.pool, self.attached.facts, shape.width
+        fed = mixed.unpacked(self._fed, shape)
+        chunks = fed.chunks(facts.rotary if pool.delay is not None and pool.delay.merges else None)
+        recent = Recent(fed.reach, chunks.starts, policy.num_sinks) if self._cuts else None
+        tokens, _ = self._tokens(n)
+        extend.reserve(pool, chunks)
+        prompts = Prompts(pool, chunks, recent)
+        step = Step(policy, tokens, prompts, pool.page_table.shape[-1], self._layers)
+        ids, positions = torch.cat([self._next[:n], fed.ids]), torch.cat([self._written[POSITIONS, :n], fed.positions])
+        self._logits[:n] = self._forward(step, ids, positions, fed.last.long())
         update.give_back(pool)
 
     def _tokens(self, n: int) -> tuple[Tokens, Tokens | None]:

@@ -23,11 +23,12 @@ COMPILED = (Mode(draws=True, filters=True), Mode(holds=True))
 
 
 @torch.inference_mode()
-def warm_up(runner: Runner, limits: Limits) -> None:
+def warm_up(runner: Runner, limits: Limits, graph_prompts: bool = True) -> None:
     """Launch everything once.
 
     Args:
         runner: of an engine that has not begun. limits: what its scheduler shares out.
+        graph_prompts: whether steps with prompts get graphs, which take a tenth of a second each.
 
     Raises:
         What a device says that has no memory left.
@@ -40,6 +41,8 @@ def warm_up(runner: Runner, limits: Limits) -> None:
     for mode in COMPILED:
         runner.draw(limits.seats, mode)
     runner.start_over()
+    if graph_prompts:
+        runner.graph_mixed(limits.step_tokens)
     if runner.device.type == "cuda":
         torch.cuda.synchronize(runner.device)
 

@@ -13,7 +13,6 @@ from kvpleat.engine.rows import Feed, Plan
 from kvpleat.hf.families import ModelFacts
 from kvpleat.kernels import update
 from kvpleat.kernels.device_pool import DevicePool
-from kvpleat.kernels.prefill import Recent
 from kvpleat.policies.base import Policy
 from kvpleat.types import KVShape, Phase
 
@@ -32,17 +31,16 @@ def _leave(policy: Policy, shape: KVShape) -> bool:
     return bool(policy.moments(0, 1 << 20, Phase.DECODE, 0, shape))
 
 
-def seen(
-    policy: Policy, shape: KVShape, chunks: Sequence[Feed], first: Tensor, sent: Callable[[Tensor], Tensor]
-) -> Recent | None:
-    """What each token of the chunks sees; None: all before it.
+def cuts(policy: Policy, shape: KVShape) -> bool:
+    """Whether tokens of prompts may see less than all before them, because of a window."""
+    return policy.visible_from(torch.zeros(1, dtype=torch.int64), shape) is not None
 
-    Args:
-        first: [C] positions of the chunks' first tokens, on the device. sent: brings a tensor there.
-    """
+
+def reach(policy: Policy, shape: KVShape, chunks: Sequence[Feed]) -> Tensor | None:
+    """[T] int32 the first position that each token of the chunks sees, on the host; None: all before it."""
     positions = torch.cat([torch.arange(feed.start, feed.start + feed.size) for feed in chunks])
     starts = policy.visible_from(positions, shape)
-    return None if starts is None else Recent(sent(starts.int()), first, policy.num_sinks)
+    return None if starts is None else starts.int()
 
 
 def slide(pool: DevicePool, policy: Policy, facts: ModelFacts, plan: Plan, sent: Callable[[Tensor], Tensor]) -> None:

@@ -56,6 +56,15 @@ class Chunks(NamedTuple):
     turn: Turn | None
 
 
+class Lie(NamedTuple):
+    """The same on the host. firsts: positions of the chunks' first keys. new, keys: [C + 1] where each one's tokens
+    begin among the new ones and the keys."""
+
+    firsts: list[int]
+    new: list[int]
+    keys: list[int]
+
+
 class Seen(NamedTuple):
     """What new tokens see, for `prefill.attend`: keys, values [H, M, D] of tokens as they are while they are young."""
 
@@ -90,21 +99,28 @@ def plan(
             f"seats={list(known)}: two chunks of one row would be written over each other. Pass one chunk a row."
         )
     device, delay = pool.key.device, 0 if pool.delay is None else pool.delay.tokens
-    firsts = [max(0, start - delay) if count else start for start, count in zip(starts, counts, strict=True)]
-    stops = [start + count for start, count in zip(starts, counts, strict=True)]
-    new = list(accumulate(counts, initial=0))
-    keys = list(accumulate((stop - first for first, stop in zip(firsts, stops, strict=True)), initial=0))
-    room = -(-len(keys) // 4) * 4  # all four begin at multiples of 16 bytes
-    table = torch.tensor([[*x, *[0] * (room - len(x))] for x in (known, starts, new, keys)], dtype=torch.int32)
+    where = lie(starts, counts, delay)
+    room = -(-len(where.keys) // 4) * 4  # all four begin at multiples of 16 bytes
+    table = torch.tensor(
+        [[*x, *[0] * (room - len(x))] for x in (known, starts, where.new, where.keys)], dtype=torch.int32
+    )
     of_seats, of_starts, of_new, of_keys = _sent(table, device)
     if isinstance(seats, Tensor):
         of_seats[: len(starts)] = seats
     angles = None
     if rotary is not None and pool.delay is not None and pool.delay.merges:
-        spans = [torch.arange(first, stop) for first, stop in zip(firsts, stops, strict=True)]
+        stops = (start + count for start, count in zip(starts, counts, strict=True))
+        spans = [torch.arange(first, stop) for first, stop in zip(where.firsts, stops, strict=True)]
         angles = turn(_sent(torch.cat(spans), device), rotary, torch.float32)
-    size, rows = len(starts), Rows(of_new[: len(new)], of_keys[: len(keys)])
-    return Chunks(of_seats[:size], of_starts[:size], rows, keys[-1], angles)
+    size, rows = len(starts), Rows(of_new[: len(where.new)], of_keys[: len(where.keys)])
+    return Chunks(of_seats[:size], of_starts[:size], rows, where.keys[-1], angles)
+
+
+def lie(starts: Sequence[int], counts: Sequence[int], delay: int) -> Lie:
+    """Where chunks lie, one after the other. delay: tokens for which keys are young."""
+    firsts = [max(0, start - delay) if count else start for start, count in zip(starts, counts, strict=True)]
+    sizes = (start + count - first for start, count, first in zip(starts, counts, firsts, strict=True))
+    return Lie(firsts, list(accumulate(counts, initial=0)), list(accumulate(sizes, initial=0)))
 
 
 def most_pages(shape: KVShape, count: int) -> int:
