@@ -136,6 +136,13 @@ def test_first_tokens(tmp_path: Path) -> None:
         assert record["ratio"] > (2 if "ratio 4" in record["case"] else 0.9)
 
 
+def test_what_scores_cost(tmp_path: Path) -> None:
+    window, scored = ran("scores", tmp_path)
+    assert window["rows"] == scored["rows"] == 3
+    assert all(3 < record["ratio"] < 5 for record in (window, scored))
+    assert scored["share_of_scores"] == pytest.approx(1 - window["step_seconds"] / scored["step_seconds"])
+
+
 def test_requests_that_come_as_they_like(tmp_path: Path) -> None:
     records = ran("serve", tmp_path)
     assert [record["ratio_wanted"] for record in records] == [1, 2.6, 4, 8]

@@ -4,7 +4,8 @@ Parts, in the order they run:
 - host: what a step costs the host, by number of rows; - step: a decode step of one batch at ratio 1, 4 and 8;
 - throughput: as many rows as one memory holds, at each ratio;
 - compare: transformers' generate, with three caches, on the same prompts; - prefill: time to the first token;
-- long: one row of 32k and 128k tokens; - serve: requests that come as they like.
+- long: one row of 32k and 128k tokens; - scores: what AttentionScore costs while decoding;
+- serve: requests that come as they like.
 
 The floor of a step is the bytes of weights and live entries over the bandwidth of a large copy, measured here by the
 clock that times the graphs. Models have random weights, and gates that keep in each head what trained gates keep.
@@ -33,6 +34,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "compare": engine_peers.compare,
     "prefill": engine_peers.prefill,
     "long": engine_decode.long,
+    "scores": engine_decode.scores,
     "serve": engine_serve.serve,
 }
 

@@ -1,4 +1,5 @@
-"""Decode steps of the engine beside their floor: of one batch, of all rows that a memory holds, of one long row."""
+"""Decode steps of the engine beside their floor: of one batch, of all rows that a memory holds, of one long row; and
+what it costs to score entries while decoding."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,8 @@ from kvpleat.bench.engine_models import policy_for, profile
 from kvpleat.bench.engine_report import Bench, Column
 from kvpleat.engine.reckoned import AHEAD
 from kvpleat.hf.families import describe
+from kvpleat.policies import AttentionScore, Window
+from kvpleat.policies.base import Policy
 
 COLUMNS: list[Column] = [
     ("rows", "rows", "6d", 1), ("ratio", "ratio", "6.2f", 1), ("in pages", "allocated_ratio", "8.2f", 1),
@@ -19,6 +22,11 @@ COLUMNS: list[Column] = [
     ("floor's", "floor_tokens_per_s", "8.0f", 1), ("x ratio 1", "speedup", "9.2f", 1),
     ("kept by", "bookkeeping_share", "7.1%", 1), ("gates", "gate_share", "6.1%", 1),
 ]  # fmt: skip
+SCORED: list[Column] = [
+    ("rows", "rows", "6d", 1), ("ratio", "ratio", "6.2f", 1), ("step ms", "step_seconds", "8.2f", 1e3),
+    ("of it", "share_of_scores", "7.1%", 1),
+]  # fmt: skip
+SCORED_ROWS, SCORED_STEPS = 32, 64  # rows have prompts of different lengths, so that moments come at different steps
 SHORT = 768  # tokens of a row of GPT-2, which knows 1,024
 MOST_ROWS = 512  # at ratio 1: what more would show is the same
 
@@ -56,6 +64,46 @@ def long(bench: Bench) -> None:
         for ratio in (1.0, 8.0)
     ]
     _run(bench, "long", "llama-3-8b", cases)
+
+
+def scores(bench: Bench) -> None:
+    """What AttentionScore costs while decoding: its steps beside those of a window that holds as much, which looks at
+    no queries. Prompts are fed here, since it scores what they hold."""
+    shape, tokens = "llama-3-8b", 192 if bench.tiny else bench.tokens
+    model = bench.model("scores", shape, SCORED)
+    if model is None:
+        return
+    bench.heading(f"scores: {shape}, rows of {tokens:,} tokens, ratio 4", SCORED)
+    before: list[float] = []
+    for policy in (Window(ratio=4.0), AttentionScore(ratio=4.0)):
+        bench.case("scores", policy.name, SCORED, partial(_scored, bench, model, policy, tokens, before))
+
+
+def _scored(bench: Bench, model: Any, policy: Policy, tokens: int, before: list[float]) -> dict[str, Any]:
+    rows, steps = (3, 8) if bench.tiny else (SCORED_ROWS, SCORED_STEPS)
+    core = engine_state.new_core(
+        bench, model, policy, bench.room(), rows, tokens + 2 * steps + rows, max_num_batched_tokens=max(rows, tokens)
+    )
+    try:
+        for number in range(rows):
+            prompt = tokens - number * bench.page_size % tokens // 2 - number
+            core.add(engine_state.random_request(number, prompt, 2 * steps, model.config.vocab_size))
+        while any(row.fed < row.goal for row in [*core.scheduler.running, *core.scheduler.waiting]):
+            core.step()
+        decoding = len(core.scheduler.running)
+        watch = engine_state.Watch(core)
+        watch.look()
+        ratio, start = watch.ratio, bench.now()
+        for _ in range(steps):
+            core.step()
+        seconds = (bench.now() - start) / steps
+    finally:
+        core.close()
+    before.append(seconds)
+    return {
+        "rows": decoding, "ratio": ratio, "step_seconds": seconds, "steps": steps,
+        "share_of_scores": None if len(before) == 1 else 1 - before[0] / seconds,
+    }  # fmt: skip
 
 
 def throughput(bench: Bench) -> None:
