@@ -9,6 +9,7 @@ would not pay. The host writes numbers into pinned memory and never reads a tens
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +209,7 @@ class Runner:
             reach = windows.reach(policy, facts.shape, plan.chunks)
             told = mixed.packed(plan, shape, self._delay, reach)
             self._fed[: shape.words].copy_(pinned(told, self.device), non_blocking=True)
-            self._graphs.run(shape, lambda: self._mixed_as(shape))
+            self._graphs.run(shape, partial(self._mixed_as, shape))
             return
         lie = [x.seat for x in plan.chunks], [x.start for x in plan.chunks], [x.size for x in plan.chunks]
         chunks = extend.plan(pool, *lie, facts.rotary)
@@ -247,7 +248,7 @@ class Runner:
             self._fed = torch.zeros(max(shape.words for shape in shapes), dtype=torch.int32, device=self.device)
         self._written[ACTIVE].zero_()
         for shape in reversed(shapes):  # the largest first: the others fit into its memory
-            self._graphs.run(shape, lambda shape=shape: self._mixed_as(shape))
+            self._graphs.run(shape, partial(self._mixed_as, shape))
         self._shapes = shapes
 
     def _mixed_as(self, shape: mixed.Shape) -> None:
