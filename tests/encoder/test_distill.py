@@ -1,8 +1,13 @@
 """Distilling a LoRA for merged tokens, on a tiny encoder; and serving it."""
 
+import itertools
 import json
 import lzma
+import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +19,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from kvpleat import compress
-from kvpleat.encoder.distill import Recipe, distill, main, read_texts
-from kvpleat.errors import ModelError, UnsupportedError
+from kvpleat.encoder.distill import Recipe, _order, _texts, distill, main, read_texts
+from kvpleat.errors import ModelError, OptionError, UnsupportedError
 from kvpleat.policies import EncoderMerge
+from kvpleat.policies.lora import LoraWeights
 from tests.encoder.models import FIRST, LAST, VOCAB, texts, tiny
 
 
-def test_it_brings_the_student_nearer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"asks": 0.3, "near": 4, "bf16": 1}])
+def test_it_brings_the_student_nearer(tmp_path: Path, more: dict[str, Any]) -> None:
     """Half the loss is gone on texts it has not seen; the model is as it was; served from a folder it is what was
     trained; and detaching takes it out."""
     model = tiny("bert", initializer_range=0.1).float()
@@ -28,6 +35,7 @@ def test_it_brings_the_student_nearer(tmp_path: Path) -> None:
     stream = 5 + (torch.rand(4000, generator=generator) ** 2 * (VOCAB - 6)).long()
     before = {name: p.clone() for name, p in model.named_parameters()}
     recipe = Recipe(ratios=(3.0,), rank=8, rate=5e-3, steps=80, batch=16, shortest=30, longest=60)
+    recipe = replace(recipe, **more)
     lora = distill(model, stream, (FIRST, LAST), recipe, lambda line: None)
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
     lora.save(tmp_path)
@@ -42,6 +50,51 @@ def test_it_brings_the_student_nearer(tmp_path: Path) -> None:
             errors[name] = float((1 - F.cosine_similarity(got, full, dim=-1)).mean())
     assert errors[str(tmp_path)] < 0.5 * errors[""]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_order_that_questions_find() -> None:
+    """KL divergence by hand, and nothing where both are alike."""
+    text, aim, questions = (F.normalize(torch.randn(n, 4, dtype=torch.float64), dim=-1) for n in (5, 5, 3))
+    expected = 0.0
+    for question in questions:
+        found, wanted = ([math.exp(float(question @ of) / 0.05) for of in some] for some in (text, aim))
+        shares = [(w / sum(wanted), f / sum(found)) for w, f in zip(wanted, found, strict=True)]
+        expected += sum(w * math.log(w / f) for w, f in shares) / 3
+    assert float(_order(text, aim, questions)) == pytest.approx(expected)
+    assert float(_order(aim, aim, questions)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_texts_of_a_batch() -> None:
+    """Framed pieces as long as asked, eight of them from one place, and a piece of each that it holds."""
+    recipe = Recipe(batch=20, near=8, shortest=40, longest=40)
+    ids, asked = _texts(torch.arange(10_000, 90_000), (1, 2), recipe, torch.Generator().manual_seed(0))
+    assert ids.shape == (20, 40)
+    assert ids[:, 0].tolist() == asked[:, 0].tolist() == [1] * 20
+    assert ids[:, -1].tolist() == asked[:, -1].tolist() == [2] * 20
+    start = ids[:, 1]
+    assert torch.equal(ids[:, 1:-1], start[:, None] + torch.arange(38))
+    near = [part.max() - part.min() < 2 * 8 * 38 for part in start.split(8)]
+    assert all(near)
+    assert not (start[:8].max() - start[8:].min()).abs() < 2 * 8 * 38
+    within = (asked[:, 1:-1] >= start[:, None]) & (asked[:, 1:-1] < start[:, None] + 38)
+    assert within.all()
+    assert torch.equal(asked[:, 1:-1].diff(), torch.ones_like(asked[:, 2:-1]))
+
+
+def test_going_on_and_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA that nothing is added to is what comes out; seconds go before steps; another rank is refused."""
+    model, stream = tiny("bert").float(), torch.arange(5, 90)
+    recipe = Recipe(rank=2, rate=0.0, steps=1, batch=2, shortest=20, longest=30)
+    plain = distill(model, stream, (FIRST, LAST), recipe, lambda line: None)
+    given = LoraWeights(2, 4.0, {name: (a, torch.ones_like(b)) for name, (a, b) in plain.pairs.items()})
+    lines, ticks = list[str](), itertools.count()
+    monkeypatch.setattr("kvpleat.encoder.distill.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 10))
+    lora = distill(model, stream, (FIRST, LAST), replace(recipe, seconds=1.0), lines.append, given)
+    assert len(lines) == 5  # asked twice in each step
+    for name, (a, b) in lora.pairs.items():
+        torch.testing.assert_close(lora.scale * b @ a, given.scale * given.pairs[name][1] @ given.pairs[name][0])
+    with pytest.raises(OptionError, match="rank=2"):
+        distill(model, stream, (FIRST, LAST), replace(recipe, rank=3), lambda line: None, given)
 
 
 def test_what_cannot_be() -> None:

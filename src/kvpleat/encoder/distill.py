@@ -25,10 +25,13 @@ from torch import Tensor, nn
 
 from kvpleat.encoder.attach import MergedEncoder
 from kvpleat.encoder.families import describe
+from kvpleat.errors import OptionError
 from kvpleat.policies.encoder import EncoderMerge
 from kvpleat.policies.lora import LoraWeights
 
 TOKEN_WEIGHT = 0.1  # of the single tokens' states beside the text's mean
+QUESTION = (8, 32)  # tokens of the pieces that texts are looked for with, from the first number to below the second
+SHARP = 0.05  # cosines are divided by it before they become shares of texts
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,14 @@ class Recipe:
     Args:
         ratios: of EncoderMerge, one drawn for each batch.
         rank: of the LoRA. rate: largest learning rate, reached after a twentieth of the steps and zero at the end.
-        steps: batches. batch: texts of one. shortest, longest: tokens of a text; each batch has texts of one length.
-            Some are too short to merge at all, so that the LoRA leaves those as they are.
+        steps: batches. seconds: where above 0, how long to learn in place of `steps`; the rate then follows the clock.
+        batch: texts of one. near: how many of them, at most, come from about the same place of the stream, so that
+            they are hard to tell apart.
+        shortest, longest: tokens of a text; each batch has texts of one length. Some are too short to merge at all, so
+            that the LoRA leaves those as they are.
+        asks: weight of the texts' order, as a short piece of each text finds them all: KL divergence to the teacher's.
         whole_keys: 1 or 0, as EncoderMerge's.
+        bf16: 1 or 0, matrix products in bfloat16.
         seed: of everything drawn.
     """
 
@@ -48,26 +56,33 @@ class Recipe:
     rank: int = 32
     rate: float = 1e-3
     steps: int = 4000
+    seconds: float = 0.0
     batch: int = 64
+    near: int = 1
     shortest: int = 10
     longest: int = 400
+    asks: float = 0.0
     whole_keys: int = 1
+    bf16: int = 0
     seed: int = 0
 
 
 class Change(nn.Module):
     """The LoRA while it learns: added to what each linear layer puts out."""
 
-    def __init__(self, base: nn.Module, rank: int) -> None:
+    def __init__(self, base: nn.Module, rank: int, start: LoraWeights | None = None) -> None:
         super().__init__()
         self.names, self.rank = [], rank
         self.downs, self.ups = nn.ParameterList(), nn.ParameterList()
         self.handles: list[Any] = []
         for layer, name in _linear_layers(base):
             a = torch.randn(rank, layer.in_features, device=layer.weight.device) / math.sqrt(layer.in_features)
+            b = torch.zeros(layer.out_features, rank, device=layer.weight.device)
+            if start is not None:
+                a, b = start.pairs[name][0].to(a), start.scale * start.pairs[name][1].to(b)
             self.names.append(name)
             self.downs.append(nn.Parameter(a))
-            self.ups.append(nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device)))
+            self.ups.append(nn.Parameter(b))
             self.handles.append(layer.register_forward_hook(self._hook(len(self.names) - 1)))
 
     def _hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
@@ -90,7 +105,12 @@ def _linear_layers(base: nn.Module) -> list[tuple[nn.Linear, str]]:
 
 
 def distill(
-    base: Any, stream: Tensor, frame: tuple[int, int], recipe: Recipe, say: Callable[[str], None]
+    base: Any,
+    stream: Tensor,
+    frame: tuple[int, int],
+    recipe: Recipe,
+    say: Callable[[str], None],
+    start: LoraWeights | None = None,
 ) -> LoraWeights:
     """A LoRA for `base`, the model without its head, whose module names it bears.
 
@@ -98,55 +118,96 @@ def distill(
         base: the encoder, in eval mode; left as it was.
         stream: [N] int64, the tokens of many texts one after the other.
         frame: the special tokens before and after a text.
-        recipe: how. say: takes a line about every hundredth part of the steps.
+        recipe: how. say: takes a line about every hundredth part of the learning.
+        start: a LoRA of this model to go on from, of the recipe's rank.
+
+    Raises:
+        OptionError: `start` has another rank.
     """
+    if start is not None and start.rank != recipe.rank:
+        raise OptionError(
+            f"The LoRA to go on from has rank {start.rank}, and rank {recipe.rank} was asked for: one cannot become "
+            f"the other. Pass rank={start.rank}."
+        )
     torch.manual_seed(recipe.seed)
     device = next(base.parameters()).device
     draw = torch.Generator().manual_seed(recipe.seed)
     teacher = copy.deepcopy(base).requires_grad_(False)
     was = {p: p.requires_grad for p in base.parameters()}
     base.requires_grad_(False)
-    change = Change(base, recipe.rank)
+    change = Change(base, recipe.rank, start)
     optimizer = torch.optim.AdamW(change.parameters(), lr=recipe.rate, weight_decay=0.0)
-    begun, near = time.perf_counter(), torch.zeros((), device=device)
-    for step in range(recipe.steps):
+    begun, near, step, said = time.perf_counter(), torch.zeros((), device=device), 0, -1
+    while (done := _done(recipe, step, time.perf_counter() - begun)) < 1.0:
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * min(1.0, 20 * (step + 1) / recipe.steps, 1.02 * (1 - step / recipe.steps))
-        ids = _texts(stream, frame, recipe, draw).to(device)
+            group["lr"] = recipe.rate * min(1.0, 20 * (done + 1 / recipe.steps), 1.02 * (1 - done))
+        ids, asked = (part.to(device) for part in _texts(stream, frame, recipe, draw))
         ratio = recipe.ratios[int(torch.randint(len(recipe.ratios), (), generator=draw))]
-        with torch.no_grad():
-            want = teacher(input_ids=ids).last_hidden_state
-        with MergedEncoder(base, EncoderMerge(ratio=ratio, whole_keys=bool(recipe.whole_keys))):
-            loss, cosine = _loss(base(input_ids=ids).last_hidden_state, want)
+        policy = EncoderMerge(ratio=ratio, whole_keys=bool(recipe.whole_keys))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(recipe.bf16)):
+            with torch.no_grad():
+                want = teacher(input_ids=ids).last_hidden_state.float()
+                questions = teacher(input_ids=asked).last_hidden_state.float() if recipe.asks > 0 else None
+            with MergedEncoder(base, policy):
+                got = base(input_ids=ids).last_hidden_state.float()
+        loss, cosine = _loss(got, want, questions, recipe.asks)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(change.parameters(), 1.0)
         optimizer.step()
         near = torch.lerp(near, cosine, 0.02 if step else 1.0)
-        if step % max(1, recipe.steps // 100) == 0:
+        if int(100 * done) > said:
+            said = int(100 * done)
             say(f"step {step}  cosine of texts {float(near):.4f}  {time.perf_counter() - begun:.0f} s")
+        step += 1
     for parameter, needs in was.items():
         parameter.requires_grad_(needs)
     return change.take_off()
 
 
-def _loss(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a batch [B, T, C], and the mean cosine of its texts."""
+def _done(recipe: Recipe, step: int, seconds: float) -> float:
+    """Share of the learning that is over."""
+    return seconds / recipe.seconds if recipe.seconds > 0 else step / recipe.steps
+
+
+def _loss(got: Tensor, want: Tensor, questions: Tensor | None, asks: float) -> tuple[Tensor, Tensor]:
+    """The loss of a batch [B, T, C], and the mean cosine of its texts. questions: [B, Q, C] states of what is asked."""
     text, aim = F.normalize(got.mean(1), dim=-1), F.normalize(want.mean(1), dim=-1)
     cosine = (text * aim).sum(-1).mean()
     among = (text @ aim.T - aim @ aim.T).square().mean()
     tokens = F.cosine_similarity(got, want, dim=-1).mean()
-    return 1 - cosine + among + TOKEN_WEIGHT * (1 - tokens), cosine.detach()
+    loss = 1 - cosine + among + TOKEN_WEIGHT * (1 - tokens)
+    if questions is not None:
+        loss = loss + asks * _order(text, aim, F.normalize(questions.mean(1), dim=-1))
+    return loss, cosine.detach()
 
 
-def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.Generator) -> Tensor:
-    """[batch, T] ids of pieces of the stream, in their frame; T is drawn evenly on a square-root scale."""
+def _order(text: Tensor, aim: Tensor, questions: Tensor) -> Tensor:
+    """KL divergence of what questions [Q, C] find among texts [B, C] to what they find among aims, all of length 1."""
+    found, wanted = ((questions @ of.T / SHARP).log_softmax(-1) for of in (text, aim))
+    return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+
+
+def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """[batch, T] ids of pieces of the stream in their frame, T drawn evenly on a square-root scale; and [batch, Q] of a
+    short piece of each, all of it where a text is as short."""
     low, high = math.sqrt(recipe.shortest), math.sqrt(recipe.longest)
     inside = int((low + (high - low) * float(torch.rand((), generator=draw))) ** 2) - 2
-    start = torch.randint(len(stream) - inside, (recipe.batch, 1), generator=draw)
-    pieces = stream[start + torch.arange(inside)]
-    before, after = (torch.full((recipe.batch, 1), token) for token in frame)
-    return torch.cat((before, pieces, after), dim=1)
+    starts = len(stream) - inside
+    around = torch.randint(starts, (-(-recipe.batch // recipe.near), 1), generator=draw)
+    about = (
+        torch.randint(2 * recipe.near * inside, (len(around), recipe.near), generator=draw) if recipe.near > 1 else 0
+    )
+    start = ((around + about) % starts).view(-1, 1)[: recipe.batch]
+    asked = min(int(torch.randint(*QUESTION, (), generator=draw)), inside)
+    offset = torch.randint(inside - asked + 1, (recipe.batch, 1), generator=draw)
+    return _framed(stream, frame, start, inside), _framed(stream, frame, start + offset, asked)
+
+
+def _framed(stream: Tensor, frame: tuple[int, int], start: Tensor, length: int) -> Tensor:
+    """[B, length + 2] ids: the piece of the stream from each start [B, 1] on, between the special tokens."""
+    before, after = (torch.full_like(start, token) for token in frame)
+    return torch.cat((before, stream[start + torch.arange(length)], after), dim=1)
 
 
 def read_texts(path: Path, most: int) -> list[str]:
@@ -174,8 +235,9 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for the LoRA")
     parser.add_argument("--most", type=int, default=4_000_000, help="characters of one source")
+    parser.add_argument("--start", type=Path, help="folder of a LoRA to go on from")
     for name, value in vars(Recipe()).items():
-        kind: Any = float if name in ("ratios", "rate") else int
+        kind: Any = float if name == "ratios" else type(value)
         parser.add_argument(f"--{name}", type=kind, nargs="+" if name == "ratios" else None, default=value)
     given = parser.parse_args()
     recipe = Recipe(
@@ -190,7 +252,8 @@ def main() -> None:
     pieces = tokenizer(read_texts(given.texts, given.most), add_special_tokens=False, verbose=False).input_ids
     stream = torch.tensor([token for piece in pieces for token in piece])
     print(f"{len(stream):,} tokens of {len(pieces):,} texts", flush=True)
-    lora = distill(model.base_model, stream, (first, last), recipe, lambda line: print(line, flush=True))
+    start = LoraWeights.load(given.start) if given.start else None
+    lora = distill(model.base_model, stream, (first, last), recipe, lambda line: print(line, flush=True), start)
     given.out.mkdir(parents=True, exist_ok=True)
     lora.save(given.out)
     (given.out / "README.md").write_text(_card(Path(given.model).name, device, recipe, len(stream)), encoding="utf-8")
@@ -198,11 +261,13 @@ def main() -> None:
 
 def _card(model: str, device: str, recipe: Recipe, tokens: int) -> str:
     """What a reader of the folder must know."""
-    drawn = recipe.steps * recipe.batch
+    drawn = f"{recipe.steps * recipe.batch:,} pieces"
+    if recipe.seconds > 0:
+        drawn = f"for {recipe.seconds:g} s, {recipe.batch} pieces a step"
     rows = "".join(f"| {name} | {value} |\n" for name, value in vars(recipe).items())
     return (
         f'# A LoRA for {model} under EncoderMerge\n\nkvpleat.policies.EncoderMerge(ratio=..., lora="FOLDER") merges it '
-        f"into the weights while it is attached.\n\nDistilled by kvpleat.encoder.distill on {device}: {drawn:,} pieces "
+        f"into the weights while it is attached.\n\nDistilled by kvpleat.encoder.distill on {device}: {drawn} "
         f"of texts of {tokens:,} tokens, the model itself as teacher.\n\n| | |\n|---|---|\n{rows}"
     )
 

@@ -186,7 +186,8 @@ class EncoderMerge:
         away = row.position.gather(1, others)[:, None] - row.position.gather(1, joiners)[..., None]
         # A quarter of a token more to the right, so that two equal tokens equally far are no tie.
         away = (away - 0.25).abs() / tokens
-        cost = torch.baddbmm(self.distance * away, left, right.transpose(1, 2), alpha=-1.0)
+        with torch.autocast(left.device.type, enabled=False):
+            cost = torch.baddbmm(self.distance * away, left, right.transpose(1, 2), alpha=-1.0)
         cost, best = cost.masked_fill(~there[:, None], math.inf).min(-1)
         return (cost + 1.0).clamp(min=0.0) * row.mass.gather(1, joiners).to(wide), best
 

@@ -1,6 +1,6 @@
 """Time of encoders of known shapes with random weights, merged and not: `python -m kvpleat.bench.encoder --speed`.
 
-Rows are all of full length, so there is no padding, and transformers runs SDPA without a mask. The last case is ragged:
+Rows are all of full length, so there is no padding, and transformers runs SDPA without a mask. One case is ragged:
 there transformers gets the rows of one length at a time, which is a batch with its padding removed.
 
 The floor of a forward is its FLOPs, as torch counts them in what really ran (matrix products and attention; SDPA
