@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from kvpleat.engine import core as core_module
 from kvpleat.engine import mixed
-from kvpleat.engine.mixed import Shape, fitting, shapes, unpacked
+from kvpleat.engine.mixed import Delays, Shape, fitting, shapes, unpacked
 from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.engine.rows import Decoding, Feed, Plan, Row, whole
-from kvpleat.engine.runner import Runner, packed
+from kvpleat.engine.runner import Runner
+from kvpleat.engine.transfer import in_order
 from kvpleat.kernels import extend
 from kvpleat.kernels.device_pool import new_pool
 from kvpleat.types import Delay, KVShape, Rotary
@@ -33,71 +34,81 @@ def plan_of(tokens: list[tuple[int, int]], chunks: list[tuple[int, int, int]]) -
 
 
 def test_shapes() -> None:
-    found = shapes(seats=100, step_tokens=300, delay=10)
+    found = shapes(seats=100, step_tokens=300, delays=Delays(10, 7))
     assert sorted({x.width for x in found}) == [16, 64, 100]
     assert sorted({x.tokens for x in found}) == [128, 256, 512], "those that cover a step, and no more"
     assert {x.keys - x.tokens for x in found} == {10 * mixed.YOUNG}
-    assert {x.width for x in shapes(3, 300, 0)} == {3}
-    assert max(x.tokens for x in shapes(3, 10**6, 0)) == mixed.TOKENS[-1]
+    assert {x.in_windows - x.tokens for x in found} == {7 * mixed.YOUNG}
+    assert {x.width for x in shapes(3, 300, Delays(0, 0))} == {3}
+    assert max(x.tokens for x in shapes(3, 10**6, Delays(0, 0))) == mixed.TOKENS[-1]
 
 
 def test_fitting() -> None:
-    known = shapes(seats=40, step_tokens=200, delay=50)
-    assert fitting(known, plan_of([(20, 5)], [(0, 0, 90)]), 50) == Shape(40, 128, mixed.CHUNKS, 328)
-    assert fitting(known, plan_of([(20, 5)], [(39, 0, 129)]), 50) == Shape(40, 256, mixed.CHUNKS, 456)
-    assert fitting(known, plan_of([], [(0, 0, 257)]), 50) is None, "more tokens than there is a shape for"
-    many = [(seat, 0, 1) for seat in range(mixed.CHUNKS + 1)]
-    assert fitting(known, plan_of([], many), 50) is None
-    going_on = [(seat, 60, 20) for seat in range(6)]  # 300 young keys and 120 tokens
-    assert fitting(known, plan_of([], going_on), 50) == Shape(16, 256, mixed.CHUNKS, 456)
-    assert fitting([], plan_of([], [(0, 0, 1)]), 0) is None
+    delays = Delays(50, 20)
+    known, chunks = shapes(40, 200, delays), mixed.CHUNKS
+    assert fitting(known, plan_of([(20, 5)], [(0, 0, 90)]), delays) == Shape(40, 128, chunks, 328, 208)
+    assert fitting(known, plan_of([(9, 5)], [(15, 0, 129)]), delays) == Shape(16, 256, chunks, 456, 336)
+    assert fitting(known, plan_of([], [(0, 0, 257)]), delays) is None, "more tokens than there is a shape for"
+    assert fitting(known, plan_of([], [(seat, 0, 1) for seat in range(chunks + 1)]), delays) is None
+    going_on = plan_of([], [(seat, 60, 20) for seat in range(6)])  # 300 young keys and 120 tokens
+    assert fitting(known, going_on, delays) == Shape(16, 256, chunks, 456, 336)
+    assert fitting(known, going_on, Delays(0, 90)) is None, "6 x 60 young keys in windows"
+    assert fitting([], plan_of([], [(0, 0, 1)]), delays) is None
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_packed_is_what_runs_without(data: st.DataObject) -> None:
-    """The same tokens, positions and chunks as `runner.packed` and `extend.plan` make; idle chunks behind them."""
+    """The same tokens, positions and chunks as `transfer.in_order` and `extend.plan` make; idle chunks behind them."""
     delay = data.draw(st.integers(0, 6))
     seats = data.draw(st.permutations(range(8)))
     chunks = [(seat, data.draw(st.integers(0, 20)), data.draw(st.integers(1, 15))) for seat in seats[:3]]
     tokens = [(seat, data.draw(st.integers(0, 60))) for seat in seats[3 : data.draw(st.integers(4, 8))]]
-    plan, shape = plan_of(tokens, chunks), Shape(8, 48, 5, 48 + 3 * delay)
+    window, device = data.draw(st.integers(0, 9)), torch.device("cpu")
+    plan, shape = plan_of(tokens, chunks), Shape(8, 48, 5, 48 + 3 * delay, 48 + 3 * window)
     reach = torch.arange(sum(size for *_, size in chunks), dtype=torch.int32)
     memory = torch.full((shape.words + 3,), -7, dtype=torch.int32)
-    memory[: shape.words] = mixed.packed(plan, shape, delay, reach)
+    memory[: shape.words] = mixed.packed(plan, shape, Delays(delay, window), reach)
     fed = unpacked(memory, shape)
     assert all(x.data_ptr() % 16 == memory.data_ptr() % 16 for x in fed)
 
-    ids, positions, last = packed(plan, 8)
+    ids, positions, last = in_order(plan, 8)
     assert torch.equal(fed.ids[: len(ids)].long(), ids)
     assert torch.equal(fed.positions[: len(ids)], positions)
     assert torch.equal(fed.last.long(), last)
     assert torch.equal(fed.reach[: len(ids)], reach)
-    pool = new_pool(KVShape(1, 2, 2, 16, torch.float32, 16), Delay(delay, merges=True), 8, 16, 64, torch.device("cpu"))
+    kv = KVShape(1, 2, 2, 16, torch.float32, 16)
     rotary = Rotary(torch.tensor([1.0, 0.1]))
-    there, own = extend.plan(pool, *zip(*chunks, strict=True), rotary), fed.chunks(rotary)
-    assert torch.equal(own.seats[:3], there.seats)
-    assert torch.equal(own.starts[:3], there.starts)
-    for padded, known in zip(own.rows, there.rows, strict=True):
-        assert torch.equal(padded[:4], known)
-        assert (padded[4:] == known[-1]).all(), "chunks that there are not are empty"
+    own, in_windows = fed.chunks(shape, rotary)
+    for padded, delayed in ((own, Delay(delay, merges=True)), (in_windows, Delay(window))):
+        there = extend.plan(new_pool(kv, delayed, 8, 16, 64, device), *zip(*chunks, strict=True), rotary)
+        assert torch.equal(padded.seats[:3], there.seats)
+        assert torch.equal(padded.starts[:3], there.starts)
+        for longer, known in zip(padded.rows, there.rows, strict=True):
+            assert torch.equal(longer[:4], known)
+            assert (longer[4:] == known[-1]).all(), "chunks that there are not are empty"
+    there = extend.plan(new_pool(kv, Delay(delay, merges=True), 8, 16, 64, device), *zip(*chunks, strict=True), rotary)
     assert own.turn is not None
     assert there.turn is not None
     assert torch.equal(own.turn.cos[: there.num_keys], there.turn.cos)
     assert torch.equal(own.turn.sin[: there.num_keys], there.turn.sin)
 
 
-@pytest.mark.parametrize("kind", ["full", "window", "window that grows", "dms", "fold", "dmc", "dmc of 3"])
-def test_answers_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*((kind, "llama") for kind in ("full", "window", "window that grows", "dms", "fold", "dmc", "dmc of 3")),
+     ("dms", "gemma2"), ("full", "qwen2")],
+)  # fmt: skip
+def test_answers_are_the_same(kind: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As each gets them alone, with steps in some shapes and steps that fit into none."""
     monkeypatch.setattr(core_module, "WARMED", ("cpu",))
     for name, value in {"TOKENS": (8, 30), "CHUNKS": 2, "YOUNG": 1, "LEAST_WIDTH": 2}.items():
         monkeypatch.setattr(mixed, name, value)
     lengths = (60, 1, 33, 17, 2, 16)
-    wanted = {str(length): alone(kind, length) for length in lengths}
+    wanted = {str(length): alone(kind, length, family) for length in lengths}
     used: list[Shape | None] = []
     monkeypatch.setattr(mixed, "fitting", lambda *args: used.append(fitting(*args)) or used[-1])
-    engine = Engine(kind)
+    engine = Engine(kind, family)
     used.clear()
     for length in lengths:
         engine.add(str(length), length)
@@ -110,13 +121,13 @@ def test_answers_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     engine.core.close()
 
 
-@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"kind": "attention"}, {"family": "gemma2"}])
+@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"kind": "attention"}])
 def test_without_graphs(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody wants them, a policy looks back at queries, or the model has sliding windows."""
+    """Nobody wants them, or a policy looks back at queries."""
     monkeypatch.setattr(core_module, "WARMED", ("cpu",))
     monkeypatch.setattr(Runner, "_mixed_as", lambda *_: pytest.fail("there is a graph"))
-    options = {"kind": "full", "family": "llama", **options}
-    wanted = alone(options["kind"], 15, options["family"])
+    options = {"kind": "full", **options}
+    wanted = alone(options["kind"], 15)
     engine = Engine(**options)
     engine.add("15", 15)
     engine.run()

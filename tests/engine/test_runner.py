@@ -16,8 +16,9 @@ from kvpleat.engine.core import EngineCore
 from kvpleat.engine.graphs import Graphs
 from kvpleat.engine.params import Request, SamplingParams
 from kvpleat.engine.rows import Decoding, Feed, Fork, Frozen, Plan, Row, whole
-from kvpleat.engine.runner import Runner, packed
+from kvpleat.engine.runner import Runner
 from kvpleat.engine.sizes import ladder, parse_bytes
+from kvpleat.engine.transfer import in_order
 from kvpleat.errors import OptionError
 from kvpleat.kernels import decode, extend, fork, prefill, update
 from kvpleat.policies import DMC, DMS, AttentionScore, Fold, Full, GateConfig, Gates, Window
@@ -53,14 +54,14 @@ def plan_of(tokens: list[tuple[int, int]], chunks: list[tuple[int, int, int, boo
     return plan
 
 
-def test_packed() -> None:
+def test_in_order() -> None:
     """Chunks lie one after the other, behind the tokens of all seats if there are any."""
     chunks = [(3, 10, 4, False), (0, 0, 2, True)]
-    ids, positions, last = packed(plan_of([(1, 20)], chunks), 4)
+    ids, positions, last = in_order(plan_of([(1, 20)], chunks), 4)
     assert ids.tolist() == [40, 41, 42, 43, 0, 1]
     assert positions.tolist() == [10, 11, 12, 13, 0, 1]
     assert last.tolist() == [4 + 5, 1, 0, 4 + 3]
-    assert packed(plan_of([], chunks), 4)[2].tolist() == [5, 0, 0, 3]
+    assert in_order(plan_of([], chunks), 4)[2].tolist() == [5, 0, 0, 3]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_graph_could_hold_it(runner: Runner) -> None:
         for n in (1, 2, 4):
             runner._decode(n, runner.pool.page_table.shape[-1])
             runner._draw(n, runner.sampler.mode)
-        for shape in runner._shapes:
+        for shape in runner._padded.shapes if runner._padded else ():
             runner._mixed_as(shape)
     assert mode.made == 0
     assert not runner._logits.requires_grad

@@ -27,9 +27,10 @@ from kvpleat.engine.attach import Attached
 from kvpleat.engine.gained import Gained
 from kvpleat.engine.params import Emitted, Request
 from kvpleat.engine.rows import Plan, Row
-from kvpleat.engine.runner import Launched, Runner
+from kvpleat.engine.runner import Runner
 from kvpleat.engine.sampling import NO_TOKEN, record
 from kvpleat.engine.scheduler import Scheduler
+from kvpleat.engine.transfer import Launched
 from kvpleat.engine.warm import WARMED, warm_up
 from kvpleat.errors import OptionError
 from kvpleat.policies.base import Policy

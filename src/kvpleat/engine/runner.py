@@ -10,36 +10,36 @@ would not pay. The host writes numbers into pinned memory and never reads a tens
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpleat.engine import mixed, sliding, windows
+from kvpleat.engine import sliding, windows
 from kvpleat.engine.attach import Attached
-from kvpleat.engine.attention import Prompts, Step, Tokens
+from kvpleat.engine.attention import Step, Tokens
 from kvpleat.engine.decisions import looking_back
 from kvpleat.engine.graphs import Graphs
+from kvpleat.engine.mixed import Fed, Padded, Shape, columns, unpadded
 from kvpleat.engine.rows import Counters, Fork, Plan
 from kvpleat.engine.sampling import Mode, Sampled, Sampler
 from kvpleat.engine.sizes import ladder, width
-from kvpleat.engine.transfer import ACTIVE, DRAWS, NUMBERS, POSITIONS, RELEASED, packed, pinned, to_host, written
+from kvpleat.engine.transfer import (
+    ACTIVE,
+    DRAWS,
+    NUMBERS,
+    POSITIONS,
+    RELEASED,
+    Launched,
+    event,
+    pinned,
+    sent,
+    to_host,
+    written,
+)
 from kvpleat.kernels import decode, extend, fork, reference, update
 from kvpleat.kernels.decode import Work
 from kvpleat.kernels.device_pool import DevicePool, first_rows, new_pool
-from kvpleat.kernels.prefill import Recent
-
-
-class Launched(NamedTuple):
-    """A step that runs or has run. counted: [2 + 3 n] int64 free and missing pages, pages of each seat, those of its
-    longest stream, its token; sampled: with logprobs, where somebody asked. forked: [2, F] what `fork` told. All on the
-    host, written once `done` has come."""
-
-    plan: Plan
-    counted: Tensor
-    sampled: Sampled | None
-    forked: Tensor | None
-    done: Any
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class Runner:
         self._layers = {layer: place for place, layer in enumerate(facts.layers)}
         self._observed, self._decisions = looking_back(attached.policy, facts, first_rows(self.pool, num_seats))
         self._moves = windows.moves(attached.policy, facts).to(device)
-        vocabulary: int = attached.model.config.vocab_size
-        self.sampler = Sampler(num_seats, vocabulary, device)
+        self.sampler = Sampler(num_seats, attached.model.config.vocab_size, device)
         self._written = torch.zeros(5, num_seats, dtype=torch.int32, device=device)
         self._next = torch.zeros(num_seats, dtype=torch.int64, device=device)  # token of each seat that is to be fed
-        self._logits = torch.zeros(num_seats, vocabulary, dtype=facts.shape.dtype, device=device)
+        self._logits = torch.zeros(num_seats, self.sampler.vocab_size, dtype=facts.shape.dtype, device=device)
         self._seats = torch.arange(num_seats, device=device)
-        self._graphs, self._eager, self._shapes = Graphs(device, eager), eager, list[mixed.Shape]()
-        self._cuts = windows.cuts(attached.policy, facts.shape)
+        self._sent = partial(sent, device=device)
+        self._graphs, self._eager = Graphs(device, eager), eager
+        self._padded: Padded | None = None
         self._widths = {n: self._width(n) for n in ladder(num_seats)}
         for n in reversed(self._widths):  # the largest first: the others fit into its memory
             self._decode_by_graph(n)  # no seat is active, so nothing happens
@@ -115,7 +115,7 @@ class Runner:
         if sampled is not None:
             sampled = Sampled._make(None if x is None else to_host(x) for x in sampled)
         forked = to_host(torch.cat(told, 1)) if told else None
-        return Launched(plan, to_host(counted), sampled, forked, self._event())
+        return Launched(plan, to_host(counted), sampled, forked, event(self.device))
 
     def _step(self, plan: Plan) -> tuple[Tensor, Sampled | None]:
         """The forward, and a draw for every seat: see `Launched`."""
@@ -125,7 +125,7 @@ class Runner:
         elif self.device.type == "cuda":
             self._decode_by_graph(n)
         else:
-            self._decode(n, self._columns(plan))
+            self._decode(n, columns(self.pool, plan))
         if self._decisions is None:
             windows.slide(self._widths[n].pool, self.attached.policy, self.attached.facts, plan, self._sent)
         else:
@@ -203,67 +203,41 @@ class Runner:
 
     def _mixed(self, n: int, plan: Plan) -> None:
         """Chunks of prompts, behind the tokens of all seats if there are any; by a graph if one is large enough."""
-        policy, pool, facts = self.attached.policy, self.pool, self.attached.facts
-        shape = mixed.fitting(self._shapes, plan, self._delay)
-        if shape is not None:
-            reach = windows.reach(policy, facts.shape, plan.chunks)
-            told = mixed.packed(plan, shape, self._delay, reach)
-            self._fed[: shape.words].copy_(pinned(told, self.device), non_blocking=True)
+        if self._padded is not None and (shape := self._padded.write(plan)) is not None:
             self._graphs.run(shape, partial(self._mixed_as, shape))
             return
-        lie = [x.seat for x in plan.chunks], [x.start for x in plan.chunks], [x.size for x in plan.chunks]
-        chunks = extend.plan(pool, *lie, facts.rotary)
-        ids, positions, last = (self._sent(x) for x in packed(plan, n))
-        tokens = own = in_windows = None
-        if plan.tokens:
-            tokens, own = self._tokens(n)
-            ids = torch.cat([self._next[:n], ids])
-            positions = torch.cat([self._written[POSITIONS, :n], positions])
-        extend.reserve(pool, chunks)
-        reach = windows.reach(policy, facts.shape, plan.chunks)
-        recent = None if reach is None else Recent(self._sent(reach), chunks.starts, policy.num_sinks)
-        watched = None
-        if self._observed is not None:
-            watched = self._observed.watch(plan.chunks, pool.failed, self._sent)
-        if self._sliding is not None:
-            in_windows = Prompts(self._sliding, extend.plan(self._sliding, *lie), None)
-        prompts = Prompts(pool, chunks, recent, watched)
-        step = Step(policy, tokens, prompts, self._columns(plan), self._layers, (own, in_windows))
-        self._logits[:n] = self._forward(step, ids, positions, last)
-        update.give_back(pool)
-
-    @property
-    def _delay(self) -> int:
-        return 0 if self.pool.delay is None else self.pool.delay.tokens
+        fed = unpadded(self.attached, self.pool, self._sliding, self._observed, plan, n)
+        self._feed(n, bool(plan.tokens), columns(self.pool, plan), fed)
 
     @torch.inference_mode()
     def graph_mixed(self, step_tokens: int) -> None:
         """Make graphs of steps with chunks of prompts, of up to so many tokens. While no row has a seat: each runs, and
-        nothing comes of it. Policies that look back at queries, and models with sliding windows of their own, have
-        none: what is remembered of their chunks differs in shape from step to step."""
-        if self._eager or self._observed is not None or self._sliding is not None:
+        nothing comes of it. Policies that look back at queries have none: what they remember differs in shape."""
+        if self._eager or self._observed is not None:
             return
-        shapes = mixed.shapes(self._seats.numel(), step_tokens, self._delay)
-        with torch.inference_mode(False):
-            self._fed = torch.zeros(max(shape.words for shape in shapes), dtype=torch.int32, device=self.device)
+        padded = Padded(self.attached, self.pool, self._sliding, self._seats.numel(), step_tokens)
         self._written[ACTIVE].zero_()
-        for shape in reversed(shapes):  # the largest first: the others fit into its memory
-            self._graphs.run(shape, partial(self._mixed_as, shape))
-        self._shapes = shapes
+        for shape in reversed(padded.shapes):  # the largest first: the others fit into its memory
+            self._graphs.run(shape, partial(self._mixed_as, shape, padded))
+        self._padded = padded
 
-    def _mixed_as(self, shape: mixed.Shape) -> None:
-        """Tokens of the first seats, and the chunks that lie in memory: what a CUDA graph holds."""
-        policy, pool, facts, n = self.attached.policy, self.pool, self.attached.facts, shape.width
-        fed = mixed.unpacked(self._fed, shape)
-        chunks = fed.chunks(facts.rotary if pool.delay is not None and pool.delay.merges else None)
-        recent = Recent(fed.reach, chunks.starts, policy.num_sinks) if self._cuts else None
-        tokens, _ = self._tokens(n)
-        extend.reserve(pool, chunks)
-        prompts = Prompts(pool, chunks, recent)
-        step = Step(policy, tokens, prompts, pool.page_table.shape[-1], self._layers)
-        ids, positions = torch.cat([self._next[:n], fed.ids]), torch.cat([self._written[POSITIONS, :n], fed.positions])
-        self._logits[:n] = self._forward(step, ids, positions, fed.last.long())
-        update.give_back(pool)
+    def _mixed_as(self, shape: Shape, padded: Padded | None = None) -> None:
+        """Tokens of the first seats, and the chunks that were written: what a CUDA graph holds."""
+        padded = padded or self._padded
+        assert padded is not None
+        self._feed(shape.width, True, self.pool.page_table.shape[-1], padded.read(shape))
+
+    def _feed(self, n: int, decodes: bool, columns: int, fed: Fed) -> None:
+        """A forward over the tokens of the first n seats, if any decodes, and over chunks."""
+        tokens = own = None
+        ids, positions = fed.ids, fed.positions
+        if decodes:
+            tokens, own = self._tokens(n)
+            ids, positions = torch.cat([self._next[:n], ids]), torch.cat([self._written[POSITIONS, :n], positions])
+        extend.reserve(self.pool, fed.prompts.chunks)
+        step = Step(self.attached.policy, tokens, fed.prompts, columns, self._layers, (own, fed.in_windows))
+        self._logits[:n] = self._forward(step, ids, positions, fed.last)
+        update.give_back(self.pool)
 
     def _tokens(self, n: int) -> tuple[Tokens, Tokens | None]:
         """The tokens of the first n seats, with pages and work planned for them; and the same for sliding-window
@@ -319,23 +293,6 @@ class Runner:
         held, longest, tokens = (rest[i * len(rest) // 3 : (i + 1) * len(rest) // 3] for i in range(3))
         forked = [] if launched.forked is None else launched.forked.T.tolist()
         return Counters(free, missing, held, longest, forked), tokens
-
-    def _columns(self, plan: Plan) -> int:
-        """Pages of the longest stream that there can be; on a GPU nobody reads more than lengths say."""
-        if self.device.type == "cuda":
-            return self.pool.page_table.shape[-1]
-        last = max(plan.tokens.starts.max(initial=-1) + 1, *(feed.start + feed.size for feed in plan.chunks), 0)
-        return -(-int(last) // self.pool.shape.page_size)
-
-    def _sent(self, x: Tensor) -> Tensor:
-        return pinned(x, self.device).to(self.device, non_blocking=True)
-
-    def _event(self) -> Any:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     def close(self) -> None:
         """Let go of graphs, which hold on to the memory of their tensors."""

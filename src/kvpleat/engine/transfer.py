@@ -1,12 +1,27 @@
 """Between host and device: what goes to a step, and what comes back."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvpleat.engine.rows import Plan
+from kvpleat.engine.sampling import Sampled
 
 POSITIONS, ACTIVE, NUMBERS, DRAWS, RELEASED = range(5)  # lines of what the host writes
+
+
+class Launched(NamedTuple):
+    """A step that runs or has run. counted: [2 + 3 n] int64 free and missing pages, pages of each seat, those of its
+    longest stream, its token; sampled: with logprobs, where somebody asked. forked: [2, F] what `fork` told. All on the
+    host, written once `done` has come."""
+
+    plan: Plan
+    counted: Tensor
+    sampled: Sampled | None
+    forked: Tensor | None
+    done: Any
 
 
 def written(plan: Plan, seats: int) -> Tensor:
@@ -22,7 +37,7 @@ def written(plan: Plan, seats: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def in_order(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and positions [T] of the chunks, one after the other, and [n] the last token of each seat in the batch: 0
     where none is drawn."""
     tokens: list[int] = []
@@ -39,6 +54,20 @@ def packed(plan: Plan, n: int) -> tuple[Tensor, Tensor, Tensor]:
 def pinned(x: Tensor, device: torch.device) -> Tensor:
     """The same where a device can fetch it by itself."""
     return x.pin_memory() if device.type == "cuda" else x
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, without waiting for it."""
+    return pinned(x, device).to(device, non_blocking=True)
+
+
+def event(device: torch.device) -> Any:
+    """What comes once all is done that a device was asked for until now; None: it is done."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.Event()
+    found.record()
+    return found
 
 
 def to_host(x: Tensor) -> Tensor:
