@@ -6,6 +6,7 @@ import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from kvpleat.bench.encoder import __main__ as command
 from kvpleat.bench.encoder import check, figures, methods, quality, speed, texts, turns
 from kvpleat.bench.encoder.memory import peak_bytes
 from kvpleat.bench.encoder.tome import ToMe
+from kvpleat.bench.report import encoders as report
 from kvpleat.bench.report.merged import draw
 from kvpleat.cli import app
 from kvpleat.errors import JudgeError, OptionError, UnsupportedError
@@ -312,6 +314,26 @@ def test_a_run_and_its_page(folder: Path, tmp_path: Path, capsys: pytest.Capture
     for drawing in drawings:
         ET.fromstring(drawing)
     assert "| ToMe share=0.1 |" in tables.read_text()
+    heads = next(line for line in tables.read_text().splitlines() if line.startswith("| method |"))
+    assert "probe" in heads
+    assert "peak" not in heads  # as nothing of it was measured
+    assert "compression ratio" not in html
+
+
+def test_lines_of_the_page_fit_beside_their_names() -> None:
+    """A LoRA's name does not stand at a line's end where there is one LoRA; with two, both do."""
+    record = {"label": "full model", "texts": 2, "seconds": [2.0, 4.0], "ranks": [1, 2], "begins": [True, False],
+              "ranks_full_questions": [1, 1], "sentiment": [], "cosines": [[1.0, 1.0, 1.0]], "cosines_long": [],
+              "peak_bytes": None}  # fmt: skip
+    records = [{**record, "method": "full"}]
+    records += [{**record, "method": x, "label": f"EncoderMerge ratio=2 lora={x}"} for x in ("one", "other")]
+    shown = []
+    for count in (2, 3):
+        file: Any = SimpleNamespace(records=records[:count])
+        shown.append("".join(report.plots(file)))
+    assert ">EncoderMerge, LoRA<" in shown[0]
+    assert ">EncoderMerge lora=" not in shown[0]
+    assert ", LoRA<" not in shown[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")

@@ -100,7 +100,7 @@ def _judge(args: argparse.Namespace, command: str) -> None:
 def _table(found: Sequence[Figures]) -> Table:
     table = Table(box=None, header_style="bold")
     for name in HEADS:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name != "method")
     for f in found:
         table.add_row(
             f.label,

@@ -12,7 +12,7 @@ from kvpleat.bench.report.html import Html
 from kvpleat.bench.report.merged import draw
 from kvpleat.bench.report.tables import NONE, Cell, Table
 
-OURS = "merge"
+OURS, LORA = "merge", " lora="
 
 
 def plots(file: ResultFile) -> list[Html]:
@@ -34,10 +34,12 @@ def _plot(found: Sequence[Figures], title: str, note: str, of: Callable[[Figures
     lines = []
     known = [f for f in found if of(f) is not None]
     names = list(dict.fromkeys(_family(f) for f in known if f.method != REFERENCE))
+    learned = [name for name in names if LORA in name]
     for i, name in enumerate(names):
         points = [_point(f, of(f), form) for f in known if _family(f) == name]
         look = Look(i % 8, name.startswith("EncoderMerge"), f"e{i}")
-        lines.append(Line(name, look, sorted(points, key=lambda point: point.x)))
+        shown = f"{name.partition(LORA)[0]}, LoRA" if learned == [name] else name  # its name is longer than the room
+        lines.append(Line(shown, look, sorted(points, key=lambda point: point.x)))
     full = next((of(f) for f in known if f.method == REFERENCE), None)
     every = [p for line in lines for p in line.points]
     if not every or full is None:
@@ -72,6 +74,7 @@ def table(file: ResultFile) -> Table:
     )
     for f in figures(file.records):
         found.rows.append((f.label, "", f.method.startswith(OURS), _cells(f)))
+    _leave_out_empty(found)
     count, settings = file.settings["count"], file.settings
     found.note = (
         f"{count['texts']} texts of {settings['tokens'] / count['texts']:.0f} tokens on average, {count['questions']} "
@@ -82,6 +85,13 @@ def table(file: ResultFile) -> Table:
         f"batch of {settings['batch']} of the longest texts, in a fresh process."
     )
     return found
+
+
+def _leave_out_empty(table: Table) -> None:
+    """Drop the columns in which no row has a figure: what the run did not measure."""
+    full = [any(row[-1][i].text != NONE for row in table.rows) for i in range(len(table.heads) - 1)]
+    table.heads = [head for head, has in zip(table.heads, [True, *full], strict=True) if has]
+    table.rows = [(*row[:-1], [cell for cell, has in zip(row[-1], full, strict=True) if has]) for row in table.rows]
 
 
 def _cells(f: Figures) -> list[Cell]:

@@ -14,7 +14,7 @@ from kvpleat.bench.report.html import Html, el
 GREY = "#808890"  # readable on light and on dark pages
 COLOURS = ("#3572d4", "#d9822b", "#2f9e62", "#c2475a", "#8a5cc9", "#3aa0a8", "#b0892c", "#7d8b3a")
 CHAR, PAD, HIGH, GAP, LEFT, TOP = 7.4, 10.0, 20.0, 4.0, 78.0, 30.0  # pixels
-LEAST, WIDEST = 24.0, 900.0  # of a token, and of a line of them
+LEAST, WIDEST = 24.0, 1010.0  # of a token, and of a line of them
 
 
 def draw(tokens: Sequence[str], layers: Sequence[Sequence[int]], title: str, **attributes: str) -> Html:
@@ -40,8 +40,9 @@ def draw(tokens: Sequence[str], layers: Sequence[Sequence[int]], title: str, **a
         y += HIGH + 3 * GAP
         right = max(right, starts[-1])
     parts.append(_text(0, y + 12, f"{len(tokens)} tokens, {counts}", "start", size=12))
-    box = f"0 0 {right + 4:.0f} {y + 20:.0f}"
-    return el("svg", *parts, viewBox=box, role="img", style=f"max-width:{right + 4:.0f}px", **attributes)
+    width = f"{right + 4:.0f}"
+    box = f"0 0 {width} {y + 20:.0f}"
+    return el("svg", *parts, viewBox=box, width=width, role="img", style=f"max-width:{width}px", **attributes)
 
 
 def _rows(layers: Sequence[Sequence[int]]) -> list[tuple[str, tuple[int, ...]]]:

@@ -114,8 +114,16 @@ def _speed(index: int, results: Results, found: Sequence[Any]) -> Html:
 
 def _encoder(file: ResultFile) -> Html:
     pictures = encoders.pictures(file)
-    merged = [el("h3", "Which tokens were merged, layer by layer"), *pictures] if pictures else []
-    lead = "All methods on the same texts, a batch each in turns; each line is one method over its strengths."
+    merged = (
+        [el("h3", "Which tokens were merged, layer by layer"), el("div", *pictures, class_="scroll")]
+        if pictures
+        else []
+    )
+    settings = file.settings
+    lead = (
+        f"All methods on the same {settings['count']['texts']} texts ({settings['texts']}, {settings['retrieval']}), a "
+        "batch each in turns; each line is one method over its strengths."
+    )
     parts = [_grid(encoders.plots(file)), encoders.table(file).html(), *merged]
     return _section("Encoders: quality against time", lead, parts)
 
@@ -182,8 +190,11 @@ def _foot(results: Results) -> Html:
         "Differences are paired: both methods on the same items, resampled together. They are far narrower than the "
         "intervals of the figures, so look at them, not at whether two intervals overlap.",
         "Many differences are shown, and no interval is widened for that: about one in twenty leaves out 0 by chance.",
-        "The compression ratio is the bytes of a full cache over the bytes really allocated, as a ratio of sums.",
     ]
+    if results.methods:
+        reading.append(
+            "The compression ratio is the bytes of a full cache over the bytes really allocated, as a ratio of sums."
+        )
     if masked:
         reading.append(f"Masked only, with the full cache in memory: {', '.join(masked)}.")
     runs = []
