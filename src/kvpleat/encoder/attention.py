@@ -11,7 +11,7 @@ from kvpleat.encoder.calls import Call
 from kvpleat.encoder.tokens import Tokens, shorten
 from kvpleat.errors import AttachError
 from kvpleat.kernels import sized
-from kvpleat.kernels.grouping import Groups, merge
+from kvpleat.kernels.grouping import Groups, merge, one_of_each
 
 IMPLEMENTATION = "kvpleat_encoder"
 OBSERVED = 8  # every eighth query is asked what attention tokens receive
@@ -44,7 +44,8 @@ def attention_forward(
     keys_of = tokens
     if call.longer is not None:
         keys_of = call.longer.tokens
-        groups = Groups(call.longer.place, tokens.position, tokens.real)
+        place, width = call.longer.place, tokens.sizes.shape[1]
+        groups = Groups(place, one_of_each(place, keys_of.real, width), tokens.real)
         query = _split(merge(groups, _joined(query), keys_of.sizes), query.shape[1])
     if call.policy.what == "kv":
         keys_of, key, value = _merged_keys(call, key, value)

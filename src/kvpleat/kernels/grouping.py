@@ -35,7 +35,7 @@ class Groups:
 
     Args:
         place: [B, T] int64, the group of each token; of padding: 0, with size 0.
-        stays: [B, W] int64, the token that stands for each group; of groups beyond a row's own: 0.
+        stays: [B, W] int64, the token that stands for each group, one of it; of groups beyond a row's own: 0.
         real: [B, W] bool, which groups a row has; they come first.
     """
 
@@ -57,16 +57,21 @@ def group(target: Tensor, real: Tensor, width: int) -> Groups:
     stays = real & (target == index)
     order = stays.cumsum(1) - 1
     place = torch.where(real, order.gather(1, target), 0)
-    slot = torch.where(stays, order, width)
-    first = torch.zeros(rows, width + 1, dtype=torch.int64, device=target.device).scatter_(1, slot, index)
     counts = stays.sum(1, keepdim=True)
-    return Groups(place, first[:, :width], torch.arange(width, device=target.device) < counts)
+    return Groups(place, one_of_each(order, stays, width), torch.arange(width, device=target.device) < counts)
+
+
+def one_of_each(place: Tensor, real: Tensor, width: int) -> Tensor:
+    """[B, W] a token of each group, 0 where there is none: place [B, T] of tokens, of which real [B, T] count."""
+    index = torch.arange(place.shape[1], device=place.device).expand_as(place)
+    found = torch.zeros(place.shape[0], width + 1, dtype=torch.int64, device=place.device)
+    return found.scatter_(1, torch.where(real, place, width), index)[:, :width]
 
 
 def total(groups: Groups, values: Tensor) -> Tensor:
     """[B, T] -> [B, W]: the sum of each group's values; padding must be 0."""
-    out = values.new_zeros(groups.stays.shape)
-    return out.scatter_add_(1, groups.place, values)
+    rows, width = groups.stays.shape
+    return values.new_zeros(rows * width).index_add_(0, _flat(groups), values.flatten()).view(rows, width)
 
 
 def merge(groups: Groups, states: Tensor, sizes: Tensor) -> Tensor:
@@ -79,15 +84,24 @@ def merge(groups: Groups, states: Tensor, sizes: Tensor) -> Tensor:
 
         return grouping_triton.merge(groups.place, groups.stays.shape[1], _dense(states), sizes)
     summed = _indexed(groups, states, sizes) if states.device.type == "cpu" else _product(groups, states, sizes)
-    return summed / total(groups, sizes).clamp(min=1.0)[..., None].to(states.dtype)
+    return summed.div_(total(groups, sizes).clamp_(min=1.0)[..., None].to(states.dtype))
+
+
+def _flat(groups: Groups) -> Tensor:
+    """[B * T] the group of each token among those of all rows."""
+    rows, width = groups.stays.shape
+    return (groups.place + torch.arange(rows, device=groups.place.device)[:, None] * width).flatten()
 
 
 def _indexed(groups: Groups, states: Tensor, sizes: Tensor) -> Tensor:
-    rows, width = groups.stays.shape
-    index = groups.place + torch.arange(rows, device=states.device)[:, None] * width
-    weighted = (states * sizes[..., None].to(states.dtype)).flatten(0, 1)
-    out = states.new_zeros(rows * width, states.shape[-1]).index_add(0, index.flatten(), weighted)
-    return out.view(rows, width, -1)
+    """[B, W, C] sums: the states that stay, and to them those that join, which are few. In place, as fresh memory is
+    what takes time here."""
+    own = torch.where(groups.real, sizes.gather(1, groups.stays), 0).to(states.dtype)
+    out = picked(states, groups.stays).mul_(own[..., None]).flatten(0, 1)
+    column = torch.arange(states.shape[1], device=states.device)
+    joins = ((groups.stays.gather(1, groups.place) != column) & (sizes > 0)).flatten().nonzero()[:, 0]
+    joined = states.flatten(0, 1).index_select(0, joins).mul_(sizes.flatten()[joins, None].to(states.dtype))
+    return out.index_add_(0, _flat(groups)[joins], joined).view(*groups.stays.shape, -1)
 
 
 def _product(groups: Groups, states: Tensor, sizes: Tensor) -> Tensor:
@@ -106,7 +120,7 @@ def unmerge(place: Tensor, real: Tensor, states: Tensor) -> Tensor:
         from kvpleat.kernels import grouping_triton
 
         return grouping_triton.unmerge(place, real, states)
-    return torch.where(real[..., None], picked(states, place), 0)
+    return picked(states, place).masked_fill_(~real[..., None], 0)
 
 
 def squares(states: Tensor) -> Tensor:

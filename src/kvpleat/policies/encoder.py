@@ -183,12 +183,13 @@ class EncoderMerge:
         wide = torch.promote_types(row.states.dtype, torch.float32)
         left, right = (_normalised(picked(row.states, index), wide) for index in (joiners, others))
         tokens = (row.free.sum(1) + 1).to(wide)[:, None, None]
-        away = row.position.gather(1, others)[:, None] - row.position.gather(1, joiners)[..., None]
+        position = row.position.to(wide)
         # A quarter of a token more to the right, so that two equal tokens equally far are no tie.
-        away = (away - 0.25).abs() / tokens
+        away = (position.gather(1, others)[:, None] - 0.25) - position.gather(1, joiners)[..., None]
+        cost = away.abs_().mul_(self.distance / tokens)
         with torch.autocast(left.device.type, enabled=False):
-            cost = torch.baddbmm(self.distance * away, left, right.transpose(1, 2), alpha=-1.0)
-        cost, best = cost.masked_fill(~there[:, None], math.inf).min(-1)
+            cost.baddbmm_(left, right.transpose(1, 2), alpha=-1.0)
+        cost, best = cost.masked_fill_(~there[:, None], math.inf).min(-1)
         return (cost + 1.0).clamp(min=0.0) * row.mass.gather(1, joiners).to(wide), best
 
     def to_dict(self) -> dict[str, Any]:
@@ -223,9 +224,9 @@ def _factor(ratio: float, steps: int, num_layers: int) -> float:
 
 
 def _normalised(states: Tensor, wide: torch.dtype) -> Tensor:
+    """The states, which are overwritten, at length 1."""
     norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=wide)
-    normalised: Tensor = states.to(wide) / norm.clamp(min=1e-12)
-    return normalised
+    return states.to(wide).div_(norm.clamp_(min=1e-12))
 
 
 def _every_second(free: Tensor, order: Tensor, odd: int, width: int) -> tuple[Tensor, Tensor]:
