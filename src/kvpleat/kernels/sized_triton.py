@@ -11,8 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1e30)  # of a bias: finite, so that a row of nothing but padding is no NaN
-FEW, MANY = (64, 4, 3), (128, 8, 3)  # queries of a program, warps, stages
-KEYS = 64  # of a step
+FEW, MANY = (64, 64, 4, 3), (128, 64, 8, 3)  # queries of a program, keys of a step, warps, stages
 SHORT = 512  # queries of a row up to which programs take few
 
 
@@ -24,16 +23,21 @@ def attend(
     """`sized.attend`; window: 0 for none."""
     (rows, heads, queries, channels), keys = query.shape, key.shape[2]
     out = _empty(query, columns)
-    block, warps, stages = FEW if window or queries <= SHORT else MANY
+    block, step, warps, stages = tiles(queries, window)
     if out.numel():
         _attend[triton.cdiv(queries, block), heads, rows](
             query, key, value, bias, counts, queries_at, keys_at, out, scale * LOG2_E.value, window, queries, keys,
             columns, heads, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], D=channels,
-            DP=max(16, triton.next_power_of_2(channels)), BM=block, BN=KEYS, ALL=triton.next_power_of_2(keys),
-            WINDOW=window > 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps,
-            num_stages=stages,
+            DP=max(16, triton.next_power_of_2(channels)), BM=block, BN=step,
+            ALL=triton.next_power_of_2(keys) if window else 1, WINDOW=window > 0,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
+
+
+def tiles(queries: int, window: int) -> tuple[int, int, int, int]:
+    """Queries of a program, keys of a step, warps and stages: what was fastest on an H100."""
+    return FEW if window or queries <= SHORT else MANY
 
 
 @attend.register_fake
