@@ -60,13 +60,14 @@ def test_the_order_that_questions_find() -> None:
         found, wanted = ([math.exp(float(question @ of) / 0.05) for of in some] for some in (text, aim))
         shares = [(w / sum(wanted), f / sum(found)) for w, f in zip(wanted, found, strict=True)]
         expected += sum(w * math.log(w / f) for w, f in shares) / 3
-    assert float(_order(text, aim, questions)) == pytest.approx(expected)
-    assert float(_order(aim, aim, questions)) == pytest.approx(0.0, abs=1e-12)
+    wanted = questions @ aim.T
+    assert float(_order(questions @ text.T, wanted)) == pytest.approx(expected)
+    assert float(_order(wanted, wanted)) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_texts_of_a_batch() -> None:
     """Framed pieces as long as asked, eight of them from one place, and a piece of each that it holds."""
-    recipe = Recipe(batch=20, near=8, shortest=40, longest=40)
+    recipe = Recipe(batch=20, near=8, shortest=40, longest=40, asks=0.1)
     ids, asked = _texts(torch.arange(10_000, 90_000), (1, 2), recipe, torch.Generator().manual_seed(0))
     assert ids.shape == (20, 40)
     assert ids[:, 0].tolist() == asked[:, 0].tolist() == [1] * 20

@@ -14,7 +14,7 @@ import lzma
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class Recipe:
             they are hard to tell apart.
         shortest, longest: tokens of a text; each batch has texts of one length. Some are too short to merge at all, so
             that the LoRA leaves those as they are.
-        asks: weight of the texts' order, as a short piece of each text finds them all: KL divergence to the teacher's.
+        asks: weight of questions, a short piece of each text: of the order in which they find the texts (KL divergence
+            to the teacher's), and of their own vectors. Above 0 each step takes two forwards of the student.
         whole_keys: 1 or 0, as EncoderMerge's.
         bf16: 1 or 0, matrix products in bfloat16.
         seed: of everything drawn.
@@ -141,16 +142,15 @@ def distill(
     while (done := _done(recipe, step, time.perf_counter() - begun)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * min(1.0, 20 * (done + 1 / recipe.steps), 1.02 * (1 - done))
-        ids, asked = (part.to(device) for part in _texts(stream, frame, recipe, draw))
+        parts = [part.to(device) for part in _texts(stream, frame, recipe, draw)]
         ratio = recipe.ratios[int(torch.randint(len(recipe.ratios), (), generator=draw))]
         policy = EncoderMerge(ratio=ratio, whole_keys=bool(recipe.whole_keys))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(recipe.bf16)):
             with torch.no_grad():
-                want = teacher(input_ids=ids).last_hidden_state.float()
-                questions = teacher(input_ids=asked).last_hidden_state.float() if recipe.asks > 0 else None
+                want = [teacher(input_ids=part).last_hidden_state.float() for part in parts]
             with MergedEncoder(base, policy):
-                got = base(input_ids=ids).last_hidden_state.float()
-        loss, cosine = _loss(got, want, questions, recipe.asks)
+                got = [base(input_ids=part).last_hidden_state.float() for part in parts]
+        loss, cosine = _loss(got, want, recipe.asks)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(change.parameters(), 1.0)
@@ -170,27 +170,29 @@ def _done(recipe: Recipe, step: int, seconds: float) -> float:
     return seconds / recipe.seconds if recipe.seconds > 0 else step / recipe.steps
 
 
-def _loss(got: Tensor, want: Tensor, questions: Tensor | None, asks: float) -> tuple[Tensor, Tensor]:
-    """The loss of a batch [B, T, C], and the mean cosine of its texts. questions: [B, Q, C] states of what is asked."""
-    text, aim = F.normalize(got.mean(1), dim=-1), F.normalize(want.mean(1), dim=-1)
+def _loss(got: Sequence[Tensor], want: Sequence[Tensor], asks: float) -> tuple[Tensor, Tensor]:
+    """The loss of a batch of texts [B, T, C], and perhaps of questions [B, Q, C] behind them, and the mean cosine of
+    its texts."""
+    text, *questions = (F.normalize(states.mean(1), dim=-1) for states in got)
+    aim, *asked = (F.normalize(states.mean(1), dim=-1) for states in want)
     cosine = (text * aim).sum(-1).mean()
     among = (text @ aim.T - aim @ aim.T).square().mean()
-    tokens = F.cosine_similarity(got, want, dim=-1).mean()
+    tokens = F.cosine_similarity(got[0], want[0], dim=-1).mean()
     loss = 1 - cosine + among + TOKEN_WEIGHT * (1 - tokens)
-    if questions is not None:
-        loss = loss + asks * _order(text, aim, F.normalize(questions.mean(1), dim=-1))
+    for question, meant in zip(questions, asked, strict=True):
+        loss = loss + asks * (_order(question @ text.T, meant @ aim.T) + 1 - (question * meant).sum(-1).mean())
     return loss, cosine.detach()
 
 
-def _order(text: Tensor, aim: Tensor, questions: Tensor) -> Tensor:
-    """KL divergence of what questions [Q, C] find among texts [B, C] to what they find among aims, all of length 1."""
-    found, wanted = ((questions @ of.T / SHARP).log_softmax(-1) for of in (text, aim))
-    return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+def _order(found: Tensor, wanted: Tensor) -> Tensor:
+    """KL divergence of what questions find among texts to what they should, from cosines [Q, B]."""
+    got, aim = ((cosines / SHARP).log_softmax(-1) for cosines in (found, wanted))
+    return F.kl_div(got, aim, log_target=True, reduction="batchmean")
 
 
-def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """[batch, T] ids of pieces of the stream in their frame, T drawn evenly on a square-root scale; and [batch, Q] of a
-    short piece of each, all of it where a text is as short."""
+def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.Generator) -> list[Tensor]:
+    """[batch, T] ids of pieces of the stream in their frame, T drawn evenly on a square-root scale; and, where asked,
+    [batch, Q] of a short piece of each, all of it where a text is as short."""
     low, high = math.sqrt(recipe.shortest), math.sqrt(recipe.longest)
     inside = int((low + (high - low) * float(torch.rand((), generator=draw))) ** 2) - 2
     starts = len(stream) - inside
@@ -199,9 +201,11 @@ def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.G
         torch.randint(2 * recipe.near * inside, (len(around), recipe.near), generator=draw) if recipe.near > 1 else 0
     )
     start = ((around + about) % starts).view(-1, 1)[: recipe.batch]
+    if recipe.asks <= 0:
+        return [_framed(stream, frame, start, inside)]
     asked = min(int(torch.randint(*QUESTION, (), generator=draw)), inside)
     offset = torch.randint(inside - asked + 1, (recipe.batch, 1), generator=draw)
-    return _framed(stream, frame, start, inside), _framed(stream, frame, start + offset, asked)
+    return [_framed(stream, frame, start, inside), _framed(stream, frame, start + offset, asked)]
 
 
 def _framed(stream: Tensor, frame: tuple[int, int], start: Tensor, length: int) -> Tensor:
