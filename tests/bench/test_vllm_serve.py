@@ -5,6 +5,7 @@ Needs no vLLM.
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def test_the_folder_is_a_model_without_weights(shape: str, tmp_path: Path) -> No
     assert tokenizer(" ".join(map(str, numbers)))["input_ids"] == numbers
     assert tokenizer.decode(numbers) == "5 29999 17 2 100 11011"
     assert tokenizer.all_special_ids == [1, 0], "vLLM draws prompts of all others"
+    longest = max(map(len, tokenizer.get_vocab()))
+    assert len("29999 ") <= longest, "vLLM refuses a text of more characters than so many for each token"
     assert len(tokenizer) <= config.vocab_size
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -167,14 +170,27 @@ def test_lines_of_the_table() -> None:
     record = {"arm": "dense", "prompt": 8192, "answer": 256, "clients": 8}
     figures = {
         "output_throughput": 492.9, "p50_ttft_ms": 1240, "p99_ttft_ms": 2500, "p50_tpot_ms": 11.3, "p99_tpot_ms": 12.0,
-        "duration": 4.2, "preempted": 3.0,
+        "duration": 4.2, "preempted": 3.0, "failed": 0,
     }  # fmt: skip
     said = " ".join(vllm_serve.line(record | figures).split())
     assert said == (
         "dense 8192 + 256 tokens, 8 at once: 492.9 tokens/s, TTFT p50 1.24 s, p99 2.50 s, TPOT p50 11.30 ms, "
         "p99 12.00 ms, 4.2 s, 3 preempted"
     )
+    failing = figures | {"failed": 2, "kvpleat_compression_ratio": 3.979}
+    assert vllm_serve.line(record | failing).endswith("3 preempted, ratio 3.98, 2 FAILED")
     assert vllm_serve.line(record | {"cut": True}).endswith("8 at once: out of time")
+
+
+def test_metrics_are_of_the_moment_with_most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the end most requests are gone."""
+    told = iter([{"kvpleat_full_bytes": 5.0, "x": 1}, {"kvpleat_full_bytes": 9.0, "x": 2}, {}])
+    monkeypatch.setattr(vllm_serve, "LOOKS", 0.001)
+    monkeypatch.setattr(vllm_serve, "metrics", lambda port: next(told, {"kvpleat_full_bytes": 3.0, "x": 3}))
+    with vllm_serve.watched(1) as fullest:
+        time.sleep(0.2)
+    assert next(told, None) is None, "it looked more than three times"
+    assert fullest == {"kvpleat_full_bytes": 9.0, "x": 2}
 
 
 # ---- what goes wrong

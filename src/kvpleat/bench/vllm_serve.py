@@ -18,8 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -60,6 +62,7 @@ KEPT = (
     *("p99_ttft_ms", "mean_tpot_ms", "p50_tpot_ms", "p99_tpot_ms", "total_output_tokens", "max_output_tokens_per_s"),
     "max_concurrent_requests",
 )  # of what vLLM's benchmark says
+RATIO, LOOKS = "kvpleat_compression_ratio", 0.2  # seconds from one look at the metrics to the next
 COUNTED = ("kvpleat_compression_ratio", "kvpleat_head_skew", "kvpleat_allocated_bytes", "kvpleat_full_bytes",
            "vllm:num_preemptions_total", "vllm:kv_cache_usage_perc")  # fmt: skip
 
@@ -73,11 +76,12 @@ def write_model(shape: str, folder: Path) -> None:
     config["rms_norm_eps"] = 1e-12  # dummy weights are so small that 1e-5 would outweigh what is normalised
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape] | config))
-    special = ("<pad>", "<end>")  # no numbers: they are found inside of other words too
+    # vLLM refuses texts of more characters than that many tokens of the longest word have, spaces not counted.
+    special = ("<padding>", "<the end>")  # no numbers: they are found inside of other words too
     numbers = {str(n): n for n in range(len(special), WORDS)}
-    words = Tokenizer(models.WordLevel(dict(zip(special, (0, 1), strict=True)) | numbers, unk_token="<pad>"))
+    words = Tokenizer(models.WordLevel(dict(zip(special, (0, 1), strict=True)) | numbers, unk_token=special[0]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=special[1], pad_token=special[0]).save_pretrained(folder)
 
 
 def gates_for_dummy_weights(shape: str, ratio: float, tokens: int) -> Gates:
@@ -120,6 +124,30 @@ def metrics(port: int) -> dict[str, float]:
     with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         return counted(answer.read().decode())
     return {}
+
+
+@contextlib.contextmanager
+def watched(port: int) -> Iterator[dict[str, float]]:
+    """Metrics as they were when requests had most tokens; there once the block has ended."""
+    fullest: dict[str, float] = {}
+    ended = threading.Event()
+
+    def look() -> None:
+        most = -1.0
+        while not ended.wait(LOOKS):
+            now = metrics(port)
+            tokens = now.get("kvpleat_full_bytes", now.get("vllm:kv_cache_usage_perc", -1.0))
+            if tokens >= most:
+                most = tokens
+                fullest.update(now)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield fullest
+    finally:
+        ended.set()
+        thread.join()
 
 
 def counted(text: str) -> dict[str, float]:
@@ -255,18 +283,18 @@ def _run(server: Server, model: Path, given: argparse.Namespace, start: float) -
     for prompt, answer, clients in given.cases:
         record: dict[str, Any] = about | {"prompt": prompt, "answer": answer, "clients": clients}
         before = metrics(given.port)
-        try:
-            record |= measure(model, given.port, prompt, answer, clients, max(1.0, left()))
-        except TimeoutError:
-            record["cut"] = True
-        after = metrics(given.port)
-        preempted = "vllm:num_preemptions_total"
-        record |= after | {"preempted": after.get(preempted, 0) - before.get(preempted, 0)}
+        with watched(given.port) as fullest:
+            try:
+                record |= measure(model, given.port, prompt, answer, clients, max(1.0, left()))
+            except TimeoutError:
+                record["cut"] = True
+        after, preempted = metrics(given.port), "vllm:num_preemptions_total"
+        record |= fullest | {"preempted": after.get(preempted, 0) - before.get(preempted, 0)}
         records.append(record)
         print(line(record), flush=True)
         if given.json is not None:
             given.json.write_text(json.dumps(records, indent=1))
-        if record.get("cut"):
+        if record.get("cut") or record["failed"]:
             print(server.log.read_text(errors="replace")[-2000:])
             return 1
     return 0
@@ -281,6 +309,8 @@ def line(record: dict[str, Any]) -> str:
         f"{head}: {record['output_throughput']:8.1f} tokens/s, TTFT p50 {record['p50_ttft_ms'] / 1e3:6.2f} s, "
         f"p99 {record['p99_ttft_ms'] / 1e3:6.2f} s, TPOT p50 {record['p50_tpot_ms']:6.2f} ms, "
         f"p99 {record['p99_tpot_ms']:6.2f} ms, {record['duration']:6.1f} s, {record['preempted']:.0f} preempted"
+        + (f", ratio {record[RATIO]:.2f}" if RATIO in record else "")
+        + (f", {record['failed']} FAILED" if record["failed"] else "")
     )
 
 

@@ -129,9 +129,11 @@ class Memory:
         if not fed or not (has_prompts or self._steps % REPORTED == 0):
             return
         streams, pages = self.shape.num_streams, self.pool.num_pages.sum((1, 2))
-        entries = self.pool.lengths.sum(0)  # rows that ended have none
+        # Others may still be there: of requests that ended, and of which workers hear with the next step.
+        seats = self._sent([seat for _, seat, *_ in fed])
+        entries, used = self.pool.lengths.index_select(0, seats).sum(0), pages.index_select(0, seats)
         held = (pages + streams - 1) // streams
-        answer = torch.cat([held, torch.stack([pages.sum(), entries.sum(), entries.max(), self.pool.failed[0]])])
+        answer = torch.cat([held, torch.stack([used.sum(), entries.sum(), entries.max(), self.pool.failed[0]])])
         if self.device.type != "cuda":
             self._asked.append(Asked(fed, answer, None))
             return
@@ -154,7 +156,7 @@ class Memory:
             yield asked.fed, held, self._usage(asked.fed, pages, entries, most)
 
     def _usage(self, fed: Fed, pages: int, entries: int, most: int) -> Usage:
-        """Full bytes are of the requests of the step, which with few exceptions are all."""
+        """Of the requests of one step."""
         streams, size = self.shape.num_streams, self.entry_bytes
         plain = 2 * self.shape.head_dim * self.shape.dtype.itemsize
         full = sum(tokens for *_, tokens in fed) * streams * plain
