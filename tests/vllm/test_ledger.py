@@ -41,6 +41,7 @@ class Step:
 class Row:
     """A request as a worker has it."""
 
+    name: str
     birth: int
     tokens: int = 0
     lengths: list[int] = field(default_factory=lambda: [0] * STREAMS)
@@ -60,16 +61,17 @@ class Worker:
         self.unsaid: deque[dict[str, Report]] = deque()
 
     def run(self, stays: list[float], gives_back: bool) -> None:
-        """The oldest step: all new tokens go in, then any entries leave. Pages come back only if `gives_back`."""
-        step, said = self.steps.popleft(), {}
+        """The oldest step: all new tokens go in, then any entries leave. Pages come back only if `gives_back`. All rows
+        are reported, those too that the step does not feed."""
+        step = self.steps.popleft()
         assert len(set(step.changes.released)) == len(step.changes.released), "a row is released twice"
         for seat in step.changes.released:
             self.rows.pop(seat, None)
-        births = {seat: birth for _, seat, birth, _, _ in step.fed}
+        fed = {seat: (name, birth) for name, seat, birth, _, _ in step.fed}
         for seat, _ in step.changes.seated:
             assert seat not in self.rows, "two requests sit in one row"
-            self.rows[seat] = Row(births[seat])
-        for number, (name, seat, birth, tokens, new) in enumerate(step.fed):
+            self.rows[seat] = Row(*fed[seat])
+        for number, (_, seat, birth, tokens, new) in enumerate(step.fed):
             row = self.rows[seat]
             assert (row.birth, row.tokens + new) == (birth, tokens), "a step is not what follows"
             row.tokens = tokens
@@ -80,8 +82,7 @@ class Worker:
             row.lengths = [max(1, round(n * share)) for n, share in zip(row.lengths, keep, strict=True)]
             if gives_back:
                 row.pages = [-(-n // PAGE) for n in row.lengths]
-            said[name] = Report(birth, tokens, row.blocks)
-        self.unsaid.append(said)
+        self.unsaid.append({row.name: Report(row.birth, row.tokens, row.blocks) for row in self.rows.values()})
 
     def check(self, step: Step) -> None:
         """No request has more pages than it was charged for when the step was planned."""

@@ -183,12 +183,12 @@ class KvpleatConnector(KVConnectorBase_V1, SupportsHMA):
             return None
         said: dict[str, Report] = {}
         latest = None
-        for fed, blocks, usage in self._memory.known():
-            said |= _reports(fed, blocks)
+        for seated, blocks, usage in self._memory.known():
+            said |= _reports(seated, blocks)
             latest = usage
         return None if latest is None else Reports(said, latest)
 
 
-def _reports(fed: Iterable[tuple[str, int, int, int]], blocks: list[int]) -> dict[str, Report]:
+def _reports(seated: Iterable[tuple[str, int, int, int]], blocks: list[int]) -> dict[str, Report]:
     """Of one step. blocks: by seat."""
-    return {request: Report(birth, tokens, blocks[seat]) for request, seat, birth, tokens in fed}
+    return {request: Report(birth, tokens, blocks[seat]) for request, seat, birth, tokens in seated}

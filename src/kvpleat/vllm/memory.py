@@ -26,10 +26,11 @@ REPORTED = 8  # of so many steps without prompts, one is reported; with those on
 
 
 class Asked(NamedTuple):
-    """A question to the device. held: [R + 4] blocks of each row, pages of all, entries of all and of the fullest head,
-    and missing pages; on the host once `done` has come."""
+    """A question to the device. seated: all requests, whether or not the step fed them: stages of a pipeline feed some
+    in one step and others in the next. held: [R + 4] blocks of each row, pages of all, entries of all and of the
+    fullest head, and missing pages; on the host once `done` has come."""
 
-    fed: Fed
+    seated: Fed
     held: Tensor
     done: Any
 
@@ -62,6 +63,7 @@ class Memory:
         self._seat_of = torch.full((1,), -1, dtype=torch.int32, device=device)
         self._works: dict[int, Work] = {}
         self._asked: deque[Asked] = deque()
+        self._seated: dict[int, tuple[str, int, int, int]] = {}  # by seat, as it was last fed
         self._steps = 0
         self.live = False  # whether a step with requests runs, and no rehearsal of vLLM's
 
@@ -115,6 +117,8 @@ class Memory:
     def begin_step(self, changes: Changes, live: bool) -> None:
         """Empty the rows of requests that ended, and note where others sit."""
         self.live = live
+        for seat in changes.released:
+            self._seated.pop(seat, None)
         if changes.released:
             update.release(self.pool, self._sent(changes.released))
         if changes.seated:
@@ -126,25 +130,25 @@ class Memory:
         """Ask what rows hold after the step that was launched."""
         self.live = False
         self._steps += 1
+        self._seated |= {item[1]: item for item in fed}
         if not fed or not (has_prompts or self._steps % REPORTED == 0):
             return
         streams, pages = self.shape.num_streams, self.pool.num_pages.sum((1, 2))
-        # Others may still be there: of requests that ended, and of which workers hear with the next step.
-        seats = self._sent([seat for _, seat, *_ in fed])
-        entries, used = self.pool.lengths.index_select(0, seats).sum(0), pages.index_select(0, seats)
+        entries = self.pool.lengths.sum(0)  # rows that were released have none
         held = (pages + streams - 1) // streams
-        answer = torch.cat([held, torch.stack([used.sum(), entries.sum(), entries.max(), self.pool.failed[0]])])
+        answer = torch.cat([held, torch.stack([pages.sum(), entries.sum(), entries.max(), self.pool.failed[0]])])
+        seated = list(self._seated.values())
         if self.device.type != "cuda":
-            self._asked.append(Asked(fed, answer, None))
+            self._asked.append(Asked(seated, answer, None))
             return
         host = torch.empty(answer.shape, dtype=answer.dtype, pin_memory=True)
         host.copy_(answer, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        self._asked.append(Asked(fed, host, done))
+        self._asked.append(Asked(seated, host, done))
 
     def known(self) -> Iterator[tuple[Fed, list[int], Usage]]:
-        """What is known by now, by step: what was fed, the blocks of each seat, and the use of memory."""
+        """What is known by now, by step: who sat where, the blocks of each seat, and the use of memory."""
         while self._asked and (self._asked[0].done is None or self._asked[0].done.query()):
             asked = self._asked.popleft()
             *held, pages, entries, most, missing = asked.held.tolist()
@@ -153,13 +157,12 @@ class Memory:
                     f"{missing} pages of the KV cache were missing in a step, so what it computed is void. The "
                     "scheduler charged less than requests took: this is a bug of kvpleat, please report your settings."
                 )
-            yield asked.fed, held, self._usage(asked.fed, pages, entries, most)
+            yield asked.seated, held, self._usage(asked.seated, pages, entries, most)
 
-    def _usage(self, fed: Fed, pages: int, entries: int, most: int) -> Usage:
-        """Of the requests of one step."""
+    def _usage(self, seated: Fed, pages: int, entries: int, most: int) -> Usage:
+        """Of all who sit somewhere; requests that just ended are among them until workers hear of it."""
         streams, size = self.shape.num_streams, self.entry_bytes
-        plain = 2 * self.shape.head_dim * self.shape.dtype.itemsize
-        full = sum(tokens for *_, tokens in fed) * streams * plain
+        full = sum(tokens for *_, tokens in seated) * streams * 2 * self.shape.head_dim * self.shape.dtype.itemsize
         return Usage(full, entries * size, pages * self.shape.page_size * size, most, entries, streams)
 
     def _sent(self, numbers: Any) -> Tensor:

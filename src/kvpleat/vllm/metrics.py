@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 GAUGES = {
-    "full_bytes": "Bytes of keys and values of all tokens of the requests of a step, without compression.",
+    "full_bytes": "Bytes of keys and values of all tokens of requests that have blocks, without compression.",
     "live_bytes": "Bytes of entries that attention reads.",
     "allocated_bytes": "Bytes of pages that hold them.",
     "charged_bytes": "Bytes of blocks that the scheduler charges requests.",
