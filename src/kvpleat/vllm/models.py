@@ -26,6 +26,8 @@ from kvpleat.vllm.cache import PleatedSpec
 from kvpleat.vllm.memory import Memory
 from kvpleat.vllm.settings import ARCHITECTURES, PREFIX, Settings, base_of, check
 
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # weights that something can be added to
+
 
 def __getattr__(name: str) -> Any:
     """The class of that name."""
@@ -211,7 +213,8 @@ def _adapted(weights: Iterable[tuple[str, Tensor]], lora: LoraWeights | None) ->
         return
     left = dict(lora.pairs)
     for name, tensor in weights:
-        pair = left.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+        plain = name.endswith(".weight") and tensor.dtype in PLAIN  # quantised ones can have the same name
+        pair = left.pop(name.removesuffix(".weight"), None) if plain else None
         yield name, tensor if pair is None else _sum(tensor, *pair, lora.scale)
     if left:
         raise OptionError(
