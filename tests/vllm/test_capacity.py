@@ -15,8 +15,8 @@ from kvpleat.policies import Gates
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]  # of vLLM's
 
-PROMPT, ANSWER = 1936, 112
 BLOCKS = 800  # of 16 tokens, a page of each stream: six requests without compression
+ANSWER = 112  # long enough that the first comes to its end after the pool is full
 STAYS = (0.1, 0.4)  # shares of entries by KV head: a quarter in the mean
 
 
@@ -34,7 +34,7 @@ def uneven(model: Any, folder: Path) -> None:
     blocks = [layer.self_attn for layer in model.model.layers]
     hooks = [block.register_forward_pre_hook(listen(i), with_kwargs=True) for i, block in enumerate(blocks)]
     with torch.no_grad():
-        model(torch.tensor(engines.prompts((PROMPT,), seed=9)))
+        model(torch.tensor(engines.prompts((2000,), seed=9)))
         for hook in hooks:
             hook.remove()
         for index, logits in said.items():
@@ -43,7 +43,7 @@ def uneven(model: Any, folder: Path) -> None:
     Gates.save_pretrained(gates, folder)
 
 
-def measured(folder: Path, options: dict[str, Any]) -> tuple[float, int, int]:
+def measured(folder: Path, prompt: int, options: dict[str, Any]) -> tuple[float, int, int]:
     """vLLM's own figure, requests that ran before one was preempted or came to its end, and bytes of the cache."""
     with engines.started(folder, **options) as llm:
         config = llm.llm_engine.vllm_config
@@ -51,8 +51,8 @@ def measured(folder: Path, options: dict[str, Any]) -> tuple[float, int, int]:
         figure = get_max_concurrency_for_kv_cache_config(config, kv)
         size = sum(tensor.size for tensor in kv.kv_cache_tensors)
         engine, before, most = llm.llm_engine, engines.counted(llm, "vllm:num_preemptions"), 0
-        for i, prompt in enumerate(engines.prompts((PROMPT,) * options["max_num_seqs"], seed=3)):
-            engine.add_request(str(i), {"prompt_token_ids": prompt}, engines.told(ANSWER))
+        for i, tokens in enumerate(engines.prompts((prompt,) * options["max_num_seqs"], seed=3)):
+            engine.add_request(str(i), {"prompt_token_ids": tokens}, engines.told(ANSWER))
         ended = False
         while not ended and engines.counted(llm, "vllm:num_preemptions") == before:
             most = max(most, len(engines.scheduler(llm).running))
@@ -62,22 +62,33 @@ def measured(folder: Path, options: dict[str, Any]) -> tuple[float, int, int]:
         return figure, most, size
 
 
-def test_four_times_fewer_entries_are_three_times_more_requests(tmp_path: Path, record_property: Any) -> None:
-    """At least 3.3 times, in the same bytes, though heads keep different shares."""
+@pytest.mark.parametrize(
+    ("prompt", "chunk", "least"),
+    [
+        pytest.param(1936, 512, 3.3, id="1936-in-steps-of-512"),
+        pytest.param(2048, 1024, 3.0, id="2048-in-steps-of-1024"),
+    ],
+)
+def test_four_times_fewer_entries_are_three_times_more_requests(
+    prompt: int, chunk: int, least: float, tmp_path: Path, record_property: Any
+) -> None:
+    """At least 3.3 times, in the same bytes, though heads keep different shares; a step of 1,024 prompt tokens takes 64
+    of the 800 blocks until it is over, so there it is a little less that run. See -s for the figures."""
     model = engines.saved(tmp_path / "model", "llama", max_position_embeddings=4096, num_hidden_layers=2, head_dim=32)
     uneven(model, tmp_path / "gates")
     more = {
-        "max_model_len": PROMPT + ANSWER, "num_gpu_blocks_override": BLOCKS, "max_num_seqs": 26,
-        "max_num_batched_tokens": 512, "enable_prefix_caching": False,
+        "max_model_len": prompt + ANSWER, "num_gpu_blocks_override": BLOCKS, "max_num_seqs": 26,
+        "max_num_batched_tokens": chunk, "enable_prefix_caching": False,
     }  # fmt: skip
     ours = engines.options("llama", {"policy": "dms", "gates": str(tmp_path / "gates")}, **more)
     dense = {key: value for key, value in ours.items() if key not in ("hf_overrides", "kv_transfer_config")}
     dense |= {"block_size": 32, "num_gpu_blocks_override": BLOCKS // 2}  # vLLM's own on a CPU are multiples of 32
-    figures = {"kvpleat": measured(tmp_path / "model", ours), "dense": measured(tmp_path / "model", dense)}
+    arms = {"kvpleat": ours, "dense": dense}
+    figures = {name: measured(tmp_path / "model", prompt, options) for name, options in arms.items()}
     record_property("figures", figures)
     print(figures)
     (said, ran, size), (dense_said, dense_ran, dense_size) = figures["kvpleat"], figures["dense"]
     assert size == dense_size, "not the same memory"
-    assert dense_ran >= BLOCKS // 2 // ((PROMPT + ANSWER) // 32)
+    assert dense_ran >= BLOCKS // 2 // ((prompt + ANSWER) // 32)
     assert said >= 3.3 * dense_said
-    assert ran >= 3.3 * dense_ran
+    assert ran >= least * dense_ran

@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvpleat.errors import OptionError
 from kvpleat.vllm.cache import PleatedManager, PleatedSpec, check_pool
-from kvpleat.vllm.ledger import Report, ledgers
+from kvpleat.vllm.ledger import Ledger, Report, ledgers
 
 BLOCKS = 40
 
@@ -131,6 +131,35 @@ def test_more_tokens_are_never_expected_to_need_less(tokens: int, waiting: int, 
     assert all(1 <= x <= -(-n // engines.PAGE) for x, n in zip(needed, (tokens, tokens + 1, tokens + 16), strict=True))
     assert needed[0] >= -(-min(tokens, chunk) // engines.PAGE), "the first chunk is there in full"
     assert needed[0] >= min(tokens, waiting) // engines.PAGE
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.integers(1, 5000),
+    waiting=st.integers(0, 600),
+    ratio=st.floats(1, 16),
+    chunk=st.sampled_from([16, 64, 1024, 2048]),
+    first=st.integers(1, 2048),
+)
+def test_a_prompt_that_is_let_in_can_be_computed_to_its_end(
+    tokens: int, waiting: int, ratio: float, chunk: int, first: int
+) -> None:
+    """Or it would be preempted in its last chunks, let in again, and so on: what it is charged from chunk to chunk, if
+    it compresses as expected, is never more than what was asked for, and where its last chunk is a whole one not much
+    less."""
+    it = spec(waiting=waiting, ratio=ratio, chunk=chunk)
+
+    def most(first: int) -> int:
+        ledger, charged = Ledger(1, engines.PAGE), 0
+        ledger.begin("a", 1)
+        for done in [*range(min(first, chunk), tokens, chunk), tokens]:
+            charged = max(charged, ledger.charge("a", done))
+            left = min(done, waiting) + max(0, done - waiting) / ratio
+            ledger.report([("a", Report(ledger["a"].birth, done, -(-int(left) // engines.PAGE)))])
+        return charged
+
+    assert most(first) <= it.expected_peak(tokens)
+    assert it.expected_peak(tokens) <= min(most(tokens % chunk or chunk) + 4, -(-tokens // engines.PAGE))
 
 
 def test_what_a_running_request_still_needs_is_without_what_it_has() -> None:

@@ -59,6 +59,13 @@ class PleatedSpec(FullAttentionSpec):
         block_size = int(self.block_size)
         return min(-(-tokens // block_size), int(entries / block_size + 0.5) + 2)
 
+    def expected_peak(self, tokens: int) -> int:
+        """Blocks of a request of so many tokens at most while it is computed: what its last chunk takes in full, and
+        what is left of those before it."""
+        last = min(tokens, self.chunk)
+        whole, chunk = -(-tokens // int(self.block_size)), -(-last // int(self.block_size))
+        return min(whole, chunk + (self.expected_blocks(tokens - last) if tokens > last else 0))
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that a request of the model's maximum length is expected to need."""
         return self.expected_blocks(int(vllm_config.model_config.max_model_len)) * self.page_size_bytes
@@ -85,8 +92,7 @@ class PleatedManager(FullAttentionManager):
         request would fit: what it is expected to need."""
         held = self.req_to_blocks.get(request_id, [])
         if kwargs.get("apply_admission_cap"):
-            first = -(-min(num_tokens, self._spec.chunk) // self.block_size)
-            return max(0, max(int(first), self._spec.expected_blocks(num_tokens)) - len(held))
+            return max(0, self._spec.expected_peak(num_tokens) - len(held))
         needed = self.ledger.charge(request_id, num_tokens)
         if len(held) > needed + 1:
             self.block_pool.free_blocks(reversed(held[needed + 1 :]))
