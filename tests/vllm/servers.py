@@ -80,6 +80,14 @@ class Process:
             time.sleep(0.5)
         raise AssertionError(f"no answer of {' '.join(self.command)}:\n{self.log.read_text()[-4000:]}")
 
+    def metric(self, name: str, **labels: str) -> float:
+        """One of /metrics, summed over what has these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        lines = [line for line in fetch(f"{self.url}/metrics").splitlines() if line.startswith(name + "{")]
+        lines = [line for line in lines if all(x in line for x in wanted)]
+        assert lines, f"/metrics has no {name} with {labels}"
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
     def kill(self) -> None:
         """SIGKILL to the process alone: its children have to notice."""
         self.process.kill()
@@ -101,9 +109,3 @@ class Server(Process):
         command = [sys.executable, "-m", "kvpleat.cli", "serve", MODEL, "--policy", "dms", "--ratio", "4", "--"]
         command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
         super().__init__([*command, "--max-model-len", "1024", "--max-num-seqs", "16", *flags], log, port)
-
-    def metric(self, name: str) -> float:
-        """One of /metrics, summed over its labels."""
-        lines = [line for line in fetch(f"{self.url}/metrics").splitlines() if line.startswith(name + "{")]
-        assert lines, f"/metrics has no {name}"
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
