@@ -81,8 +81,10 @@ def scores(bench: Bench) -> None:
 
 def _scored(bench: Bench, model: Any, policy: Policy, tokens: int, before: list[float]) -> dict[str, Any]:
     rows, steps = (3, 8) if bench.tiny else (SCORED_ROWS, SCORED_STEPS)
+    length = tokens + 2 * steps + rows
+    memory = full_bytes(describe(model).shape, length) * (rows // 3 + 2)  # the rest is left to what policies compute
     core = engine_state.new_core(
-        bench, model, policy, bench.room(), rows, tokens + 2 * steps + rows, max_num_batched_tokens=max(rows, tokens)
+        bench, model, policy, min(memory, bench.room()), rows, length, max_num_batched_tokens=max(rows, tokens)
     )
     try:
         for number in range(rows):
