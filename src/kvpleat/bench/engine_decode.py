@@ -27,6 +27,7 @@ SCORED: list[Column] = [
     ("of it", "share_of_scores", "7.1%", 1),
 ]  # fmt: skip
 SCORED_ROWS, SCORED_STEPS = 32, 64  # rows have prompts of different lengths, so that moments come at different steps
+SCORING = 16 * 2**30  # bytes left to what AttentionScore computes at the end of a prompt
 SHORT = 768  # tokens of a row of GPT-2, which knows 1,024
 MOST_ROWS = 512  # at ratio 1: what more would show is the same
 
@@ -81,11 +82,8 @@ def scores(bench: Bench) -> None:
 
 def _scored(bench: Bench, model: Any, policy: Policy, tokens: int, before: list[float]) -> dict[str, Any]:
     rows, steps = (3, 8) if bench.tiny else (SCORED_ROWS, SCORED_STEPS)
-    length = tokens + 2 * steps + rows
-    memory = full_bytes(describe(model).shape, length) * (rows // 3 + 2)  # the rest is left to what policies compute
-    core = engine_state.new_core(
-        bench, model, policy, min(memory, bench.room()), rows, length, max_num_batched_tokens=max(rows, tokens)
-    )
+    length, memory = tokens + 2 * steps + rows, bench.room() - (0 if bench.tiny else SCORING)
+    core = engine_state.new_core(bench, model, policy, memory, rows, length, max_num_batched_tokens=max(rows, tokens))
     try:
         for number in range(rows):
             prompt = tokens - number * bench.page_size % tokens // 2 - number
