@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 16 queries, steps of 16 keys."""
-    for name, value in (("FEW", (16, 16, 1, 1)), ("MANY", (32, 16, 1, 1)), ("SHORT", 20)):
+    for name, value in (("NEAR", (16, 16, 1, 1)), ("FEW", (16, 16, 1, 1)), ("MANY", (32, 16, 1, 1)), ("SHORT", 20)):
         monkeypatch.setattr(kernels, name, value)
 
 
