@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kvpleat.bench import vllm_serve
+from kvpleat.bench import vllm_serve, vllm_server
 from kvpleat.bench.engine_models import profile
 from kvpleat.policies import Gates
 from kvpleat.vllm.settings import ARCHITECTURES, Settings, base_of
@@ -159,10 +159,10 @@ python_info 1.0
 
 def test_metrics_are_summed_over_engines_and_others_are_left_out() -> None:
     """Names that begin alike are not taken for each other."""
-    assert vllm_serve.counted(METRICS) == {
+    assert vllm_server.counted(METRICS) == {
         "kvpleat_compression_ratio": 3.5, "kvpleat_allocated_bytes": 1.5e6, "vllm:num_preemptions_total": 7.0,
     }  # fmt: skip
-    assert vllm_serve.counted("") == {}
+    assert vllm_server.counted("") == {}
 
 
 def test_lines_of_the_table() -> None:
@@ -185,9 +185,9 @@ def test_lines_of_the_table() -> None:
 def test_metrics_are_of_the_moment_with_most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the end most requests are gone."""
     told = iter([{"kvpleat_full_bytes": 5.0, "x": 1}, {"kvpleat_full_bytes": 9.0, "x": 2}, {}])
-    monkeypatch.setattr(vllm_serve, "LOOKS", 0.001)
-    monkeypatch.setattr(vllm_serve, "metrics", lambda port: next(told, {"kvpleat_full_bytes": 3.0, "x": 3}))
-    with vllm_serve.watched(1) as fullest:
+    monkeypatch.setattr(vllm_server, "LOOKS", 0.001)
+    monkeypatch.setattr(vllm_server, "metrics", lambda port: next(told, {"kvpleat_full_bytes": 3.0, "x": 3}))
+    with vllm_server.watched(1) as fullest:
         time.sleep(0.2)
     assert next(told, None) is None, "it looked more than three times"
     assert fullest == {"kvpleat_full_bytes": 9.0, "x": 2}
@@ -199,11 +199,11 @@ def test_metrics_are_of_the_moment_with_most_tokens(monkeypatch: pytest.MonkeyPa
 def test_a_server_that_does_not_start_is_quoted(tmp_path: Path) -> None:
     """The end of its log, not only that it is gone."""
     fails = [sys.executable, "-c", "raise SystemExit('no such device')"]
-    server = vllm_serve.Server(fails, 1, tmp_path / "log.txt")
+    server = vllm_server.Server(fails, 1, tmp_path / "log.txt")
     try:
         with pytest.raises(RuntimeError, match="did not start:\nno such device"):
             server.ready(60)
-        assert vllm_serve.metrics(1) == {}, "nobody listens there"
+        assert vllm_server.metrics(1) == {}, "nobody listens there"
     finally:
         server.close()
 
