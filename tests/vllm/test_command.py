@@ -90,6 +90,7 @@ def test_overrides_count_when_gates_are_looked_for() -> None:
         (["-pcp", "2"], "--prefill-context-parallel-size 2"),
         (["--kv-offloading-size", "4"], "--kv-offloading-size"),
         (["--enable-lora"], "--enable-lora"),
+        (["--enable-sleep-mode"], "--enable-sleep-mode"),
         (["--kv-transfer-config", '{"kv_connector": "NixlConnector"}'], "NixlConnector"),
         (["--kv-transfer-config.kv_connector", "NixlConnector"], "--kv-transfer-config"),
         (["--model", "other"], "--model"),

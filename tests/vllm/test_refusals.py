@@ -2,12 +2,14 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.vllm import engines  # isort: skip  # skips this module where vLLM is not installed
-from kvpleat.errors import CacheError
+from kvpleat.errors import CacheError, UnsupportedError
+from kvpleat.vllm import models
 from kvpleat.vllm.connector import KvpleatConnector
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]  # of vLLM's
@@ -66,6 +68,21 @@ def test_what_is_known_only_when_the_model_is_there(case: str, tmp_path: Path) -
     with pytest.raises(ValueError, match=f"(?s){message}"):  # noqa: SIM117
         with engines.started(tmp_path / "model", **given):
             pass
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({}, "no attention layers on this worker.*--pipeline-parallel-size"),
+        ({"a.attn": SimpleNamespace(sliding_window=24, has_sink=False)}, r"a\.attn.*24 tokens.*kvpleat\.LLM.*Pass"),
+        ({"a.attn": SimpleNamespace(sliding_window=None, has_sink=True)}, r"a\.attn.*sinks.*others.*without kvpleat"),
+    ],
+    ids=["none", "sliding", "sinks"],
+)
+def test_layers_that_cannot_be(layers: dict[str, Any], message: str) -> None:
+    """The layer by its name, what would come of it, and what to do."""
+    with pytest.raises(UnsupportedError, match=f"(?s){message}"):
+        models._refuse(layers)
 
 
 def test_a_connector_that_an_engine_left_behind_serves_no_other() -> None:

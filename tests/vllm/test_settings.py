@@ -108,7 +108,9 @@ def config(**changes: Any) -> SimpleNamespace:
         speculative_config=None,
         lora_config=None,
         attention_config=SimpleNamespace(backend=None),
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(kvpleat={"policy": "window", "budget": 64})),
+        model_config=SimpleNamespace(
+            enable_sleep_mode=False, hf_config=SimpleNamespace(kvpleat={"policy": "window", "budget": 64})
+        ),
     )
     for name, value in changes.items():
         *path, last = name.split("__")
@@ -147,6 +149,7 @@ def test_settings_that_work() -> None:
         ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype=fp8.*16 or 32 bits.*leave out --kv-cache-dtype"),
         ({"cache_config__block_size": 128}, "block_size=128.*kernels.*--block-size 16 or 32"),
         ({"cache_config__kv_offloading_size": 4.0}, r"kv_offloading_size=4\.0.*token positions.*--kv-offloading-size"),
+        ({"model_config__enable_sleep_mode": True}, "enable_sleep_mode.*pages are free.*--enable-sleep-mode"),
         ({"lora_config": object()}, "LoRA.*one set of weights.*merge it into the model"),
     ],
 )

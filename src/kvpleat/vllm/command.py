@@ -26,6 +26,7 @@ from kvpleat.vllm.settings import (
     ONE_DEVICE,
     PLACES,
     PREFIX,
+    SLEEP,
     TAKEN_BACK,
     WEIGHTS,
     Settings,
@@ -51,6 +52,7 @@ REFUSED = {
     "--spec-model": TAKEN_BACK,
     "--kv-offloading-size": PLACES,
     "--enable-lora": f"{WEIGHTS}; merge the LoRA into the model",
+    "--enable-sleep-mode": SLEEP,
     "--attention-backend": BACKEND,
     "--model": "the model is what comes right after `kvpleat serve`",
 }

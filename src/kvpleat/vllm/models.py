@@ -57,14 +57,17 @@ def _attach(model: nn.Module, vllm_config: Any) -> LoraWeights | None:
     config = vllm_config.model_config.hf_text_config
     settings = Settings.of(vllm_config.model_config.hf_config)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
-    _refuse(layers, config)
+    _refuse(layers)
     policy, gates, delay = settings.policy, None, settings.delay
     if policy is not None:
         policy = policy.for_model(base_of(config))
         gates, delay = policy.gates, policy.delayed  # type: ignore[attr-defined]
         assert isinstance(gates, Gates)
         if gates.borrowed is not None:
-            raise UnsupportedError(f"{gates!r} are channels of the model; inside vLLM gates have weights of their own.")
+            raise UnsupportedError(
+                f"{gates!r} are channels of the model; inside vLLM gates have weights of their own. Pass others, or "
+                "use kvpleat.compress."
+            )
     assert delay is not None
     first: Any = next(iter(layers.values()))
     device = next(model.parameters()).device
@@ -119,9 +122,12 @@ def _number(name: str) -> int:
     return int(next(part for part in name.split(".") if part.isdigit()))
 
 
-def _refuse(layers: dict[str, Any], config: Any) -> None:
+def _refuse(layers: dict[str, Any]) -> None:
     if not layers:
-        raise UnsupportedError("The model has no attention layers on this worker, so there is nothing to compress.")
+        raise UnsupportedError(
+            "The model has no attention layers on this worker, so there is nothing to compress. Take fewer stages "
+            "(--pipeline-parallel-size)."
+        )
     for name, layer in layers.items():
         if layer.sliding_window is not None:
             raise UnsupportedError(
@@ -130,7 +136,10 @@ def _refuse(layers: dict[str, Any], config: Any) -> None:
                 "model does not need it."
             )
         if layer.has_sink:
-            raise UnsupportedError(f"{name} has attention sinks of the model's own, which kvpleat does not know.")
+            raise UnsupportedError(
+                f"{name} has attention sinks of the model's own, which kvpleat would leave out, so answers would be "
+                "others. Serve this model without kvpleat."
+            )
 
 
 def _rotary(config: Any) -> Rotary | None:
@@ -143,7 +152,8 @@ def _rotary(config: Any) -> Rotary | None:
     if module.rope_type not in families.MOVABLE_ROPE:
         raise UnsupportedError(
             f"rope_type {module.rope_type!r} rotates a key by an angle that depends on the length of the text, so a "
-            f"stored key cannot be merged. Supported: {', '.join(sorted(families.MOVABLE_ROPE))}."
+            f"stored key cannot be merged. Supported: {', '.join(sorted(families.MOVABLE_ROPE))}. The policies dms and "
+            "window merge nothing."
         )
     return Rotary(module.inv_freq.detach().float())
 

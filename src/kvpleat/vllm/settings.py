@@ -36,6 +36,7 @@ ONE_DEVICE = "a KV head's entries, and what its gates decided, must lie on one d
 ENTRIES = "entries are kept in 16 or 32 bits, as the model computes them"
 BLOCKS = "a block is a page of each KV head, and the kernels know pages of other sizes"
 WEIGHTS = "gates were trained with one set of weights"
+SLEEP = "a server that sleeps drops its KV cache, and with it what says which pages are free"
 BACKEND = "kvpleat brings the attention that reads its cache, so this one would never run"
 
 
@@ -168,6 +169,7 @@ def check(vllm_config: Any) -> None:
          f"pass --block-size {PAGE_SIZES[0]} or {PAGE_SIZES[1]}"),
         (f"kv_offloading_size={cache.kv_offloading_size}", cache.kv_offloading_size is not None, PLACES,
          "leave out --kv-offloading-size"),
+        ("enable_sleep_mode", vllm_config.model_config.enable_sleep_mode, SLEEP, "leave out --enable-sleep-mode"),
         ("a LoRA of vLLM's (enable_lora)", vllm_config.lora_config is not None, WEIGHTS,
          "merge it into the model and leave out --enable-lora"),
     ):  # fmt: skip
