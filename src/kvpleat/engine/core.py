@@ -51,7 +51,7 @@ class EngineCore:
         max_logprobs: most that a request may ask for; -1: any number.
         page_size: entries of a page, 16 or 32.
         enable_prefix_caching: requests that begin as others did start from what was computed for these.
-        graph_prompts: graphs of steps with prompts, too: a few seconds at the start.
+        graph_prompts: graphs of steps with prompts, too, which make the start longer.
 
     Raises:
         UnsupportedError: the model or the policy is not served. OptionError: options that do not fit together.

@@ -215,17 +215,15 @@ class Runner:
         nothing comes of it. Policies that look back at queries have none: what they remember differs in shape."""
         if self._eager or self._observed is not None:
             return
-        padded = Padded(self.attached, self.pool, self._sliding, self._seats.numel(), step_tokens)
+        self._padded = Padded(self.attached, self.pool, self._sliding, self._seats.numel(), step_tokens)
         self._written[ACTIVE].zero_()
-        for shape in reversed(padded.shapes):  # the largest first: the others fit into its memory
-            self._graphs.run(shape, partial(self._mixed_as, shape, padded))
-        self._padded = padded
+        for shape in reversed(self._padded.shapes):  # the largest first: the others fit into its memory
+            self._graphs.run(shape, partial(self._mixed_as, shape))
 
-    def _mixed_as(self, shape: Shape, padded: Padded | None = None) -> None:
+    def _mixed_as(self, shape: Shape) -> None:
         """Tokens of the first seats, and the chunks that were written: what a CUDA graph holds."""
-        padded = padded or self._padded
-        assert padded is not None
-        self._feed(shape.width, True, self.pool.page_table.shape[-1], padded.read(shape))
+        assert self._padded is not None
+        self._feed(shape.width, True, self.pool.page_table.shape[-1], self._padded.read(shape))
 
     def _feed(self, n: int, decodes: bool, columns: int, fed: Fed) -> None:
         """A forward over the tokens of the first n seats, if any decodes, and over chunks."""

@@ -28,7 +28,7 @@ def warm_up(runner: Runner, limits: Limits, graph_prompts: bool = True) -> None:
 
     Args:
         runner: of an engine that has not begun. limits: what its scheduler shares out.
-        graph_prompts: whether steps with prompts get graphs, which take a tenth of a second each.
+        graph_prompts: whether steps with prompts get graphs, each of which makes the start longer.
 
     Raises:
         What a device says that has no memory left.
