@@ -48,7 +48,8 @@ def test_arms_differ_in_their_cache_and_in_nothing_else() -> None:
     asked = json.loads(str(ours["--hf-overrides"]))
     assert asked["architectures"] == ["KvpleatLlamaForCausalLM"]
     assert Settings.parse(asked["kvpleat"]).policy is not None
-    assert json.loads(str(ours["--kv-transfer-config"])) == {"kv_connector": "KvpleatConnector", "kv_role": "kv_both"}
+    wire = json.loads(str(ours["--kv-transfer-config"]))
+    assert wire == {"kv_connector": "KvpleatConnector", "kv_role": "kv_producer"}
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [("tiny", "float32"), ("llama-3-8b", "bfloat16")])

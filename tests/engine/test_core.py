@@ -1,6 +1,7 @@
 """Many requests at once: each gets the tokens that it gets alone, from transformers or from kvpleat.compress, whatever
 runs beside it, wherever prompts are cut, and however often it gives its pages up."""
 
+import copy
 import functools
 from contextlib import nullcontext
 from typing import Any
@@ -96,10 +97,11 @@ def alone(kind: str, length: int, family: str = "llama") -> list[int]:
 class Engine:
     """A core, what it has answered, and a look at its pages now and then."""
 
-    def __init__(self, kind: str, family: str = "llama", **options: Any) -> None:
+    def __init__(self, kind: str, family: str = "llama", device: str = "cpu", **options: Any) -> None:
         defaults = {"kv_memory": "2MiB", "max_num_seqs": 4, "max_num_batched_tokens": 48, "max_model_len": 200}
         options = {**defaults, **options}
-        self.core = EngineCore(model_of(family), policy_of(kind, family), **options)
+        model = model_of(family) if device == "cpu" else copy.deepcopy(model_of(family)).to(device)
+        self.core = EngineCore(model, policy_of(kind, family), **options)
         given = (options[name] for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"))
         self.samples = sample_bytes(self.core._attached.facts.shape, *given)
         self.steps = 0

@@ -19,6 +19,8 @@ from kvpleat.kernels.device_pool import new_pool
 from kvpleat.types import Delay, KVShape, Rotary
 from tests.engine.test_core import Engine, alone
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a GPU by graphs, and the same tokens as on a CPU
+
 
 def plan_of(tokens: list[tuple[int, int]], chunks: list[tuple[int, int, int]]) -> Plan:
     """tokens: seat and position; chunks: seat, first position and size."""
@@ -97,18 +99,18 @@ def test_packed_is_what_runs_without(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("kind", "family"),
     [*((kind, "llama") for kind in ("full", "window", "window that grows", "dms", "fold", "dmc", "dmc of 3")),
-     ("dms", "gemma2"), ("full", "qwen2")],
+     *((kind, family) for kind in ("full", "dms") for family in ("gpt2", "qwen3", "gemma2")), ("full", "qwen2")],
 )  # fmt: skip
 def test_answers_are_the_same(kind: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As each gets them alone, with steps in some shapes and steps that fit into none."""
-    monkeypatch.setattr(core_module, "WARMED", ("cpu",))
+    monkeypatch.setattr(core_module, "WARMED", (DEVICE,))
     for name, value in {"TOKENS": (8, 30), "CHUNKS": 2, "YOUNG": 1, "LEAST_WIDTH": 2}.items():
         monkeypatch.setattr(mixed, name, value)
     lengths = (60, 1, 33, 17, 2, 16)
     wanted = {str(length): alone(kind, length, family) for length in lengths}
     used: list[Shape | None] = []
     monkeypatch.setattr(mixed, "fitting", lambda *args: used.append(fitting(*args)) or used[-1])
-    engine = Engine(kind, family)
+    engine = Engine(kind, family, DEVICE)
     used.clear()
     for length in lengths:
         engine.add(str(length), length)

@@ -42,7 +42,7 @@ from kvpleat.hf import families
 from kvpleat.kernels.device_pool import DevicePool, check_integrity
 from kvpleat.policies import GateConfig, Gates, registry
 from kvpleat.vllm.memory import Memory
-from kvpleat.vllm.settings import ARCHITECTURES, CONNECTOR, PREFIX
+from kvpleat.vllm.settings import ARCHITECTURES, CONNECTOR, PREFIX, ROLE
 from tests import models, reference
 
 Tokens = list[int]
@@ -90,7 +90,7 @@ def options(family: str, policy: dict[str, Any], **more: Any) -> dict[str, Any]:
         "max_model_len": 384, "max_num_seqs": 8, "max_num_batched_tokens": CHUNK, "num_gpu_blocks_override": 160,
         "disable_log_stats": False, "async_scheduling": False,
         "hf_overrides": {"architectures": [CLASSES[family]], "kvpleat": policy},
-        "kv_transfer_config": {"kv_connector": CONNECTOR, "kv_role": "kv_both"},
+        "kv_transfer_config": {"kv_connector": CONNECTOR, "kv_role": ROLE},
         **more,
     }  # fmt: skip
 
@@ -111,6 +111,20 @@ def started(folder: Path, **given: Any) -> Iterator[Any]:
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()
+
+
+def overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let vLLM schedule a step ahead of what workers have said, as it does on a GPU: its CPU platform never does."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def leave_it_on(config: Any) -> None:
+        asked = config.scheduler_config.async_scheduling
+        check(config)
+        config.scheduler_config.async_scheduling = asked
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(leave_it_on))
 
 
 def told(tokens: int = 24, **more: Any) -> Any:

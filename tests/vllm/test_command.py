@@ -54,7 +54,7 @@ def test_the_command() -> None:
     assert got[0] == "org/model"
     overrides = json.loads(*values(got, "--hf-overrides"))
     assert overrides == {"architectures": ["KvpleatLlamaForCausalLM"], "kvpleat": DMS}
-    connector = {"kv_connector": "KvpleatConnector", "kv_role": "kv_both"}
+    connector = {"kv_connector": "KvpleatConnector", "kv_role": "kv_producer"}
     assert json.loads(*values(got, "--kv-transfer-config")) == connector
     assert values(got, "--block-size") == ["16"]
     assert got[-1] == "--no-enable-prefix-caching"
@@ -93,6 +93,7 @@ def test_overrides_count_when_gates_are_looked_for() -> None:
         (["--enable-sleep-mode"], "--enable-sleep-mode"),
         (["--kv-transfer-config", '{"kv_connector": "NixlConnector"}'], "NixlConnector"),
         (["--kv-transfer-config.kv_connector", "NixlConnector"], "--kv-transfer-config"),
+        (["--kv-transfer-config", '{"kv_connector": "KvpleatConnector", "kv_role": "kv_both"}'], "kv_producer"),
         (["--model", "other"], "--model"),
         (["--hf-overrides.rope_theta", "5"], "--hf-overrides"),
         (["--hf-overrides", "[1]"], "JSON object"),
@@ -107,7 +108,8 @@ def test_flags_that_cannot_be(words: list[str], named: str) -> None:
 
 
 def test_flags_that_can() -> None:
-    words = ["--kv-cache-dtype", "auto", "--kv-transfer-config", '{"kv_connector": "KvpleatConnector", "kv_role": "x"}']
+    ours = '{"kv_connector": "KvpleatConnector", "kv_role": "kv_producer"}'
+    words = ["--kv-cache-dtype", "auto", "--kv-transfer-config", ours]
     assert command.build("m", smollm(), DMS, words)[-4:] == words
 
 

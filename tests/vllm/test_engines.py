@@ -19,12 +19,22 @@ from kvpleat.policies import registry
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]  # of vLLM's
 
 
-@pytest.mark.parametrize(("family", "method"), [("qwen3", "fold"), ("gpt2", "dms"), ("llama", "window")])
-def test_preempted_requests_say_the_same(family: str, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "method", "overlap"),
+    [("qwen3", "fold", False), ("gpt2", "dms", False), ("llama", "window", False), ("llama", "dms", True),
+     ("qwen3", "fold", True)],
+)  # fmt: skip
+def test_preempted_requests_say_the_same(
+    family: str, method: str, overlap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pool for one request of the maximum length and little more, with eight that want to run, and gates that promise
-    more than they keep: too many are let in."""
-    model, policy, options = engines.make(tmp_path, family, method, -2.0, num_gpu_blocks_override=28)
+    more than they keep: too many are let in. overlap: the scheduler is a step ahead, as it is on a GPU."""
+    if overlap:
+        engines.overlap(monkeypatch)
+    options = {"num_gpu_blocks_override": 28, "async_scheduling": overlap}
+    model, policy, options = engines.make(tmp_path, family, method, -2.0, **options)
     with engines.started(tmp_path / "model", **options) as llm:
+        assert (type(engines.scheduler(llm)).__name__ == "AsyncScheduler") == overlap
         asked = engines.prompts((20, 30, 100, 25, 40, 110, 33, 15))  # short ones are let in, and grow
         before = engines.counted(llm, "vllm:num_preemptions")
         assert engines.answers(llm, asked, engines.told(96)) == engines.Case(llm, model, policy).want(asked, 96)
@@ -40,19 +50,18 @@ def test_preempted_requests_say_the_same(family: str, method: str, tmp_path: Pat
         # vLLM's runner for CPUs learns what goes from stage to stage in a rehearsal, which it leaves out if eager.
         pytest.param("llama", "dmc", {"pipeline_parallel_size": 2, "enforce_eager": False}, id="llama-dmc-pp2"),
         pytest.param("qwen3", "fold", {"enforce_eager": False}, id="qwen3-fold-compiled"),
-        pytest.param("llama", "dms", {"async_scheduling": True}, id="llama-dms-own-process"),
+        pytest.param("llama", "dms", {}, id="llama-dms-own-process"),
     ],
 )
 def test_other_ways_to_run(
     family: str, method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two workers that share heads or layers; compiled; an engine in a process of its own, where the scheduler is a
-    step ahead of what workers report. The pool is small, so that it matters."""
-    if "async_scheduling" in options:
+    """Two workers that share heads or layers; compiled; an engine in a process of its own."""
+    if not options:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     if len(set(options) & {"tensor_parallel_size", "pipeline_parallel_size"}):
         options = options | {"distributed_executor_backend": "mp"}
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(engines.__file__).parents[2] / "src")]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(engines.__file__).parents[2] / "src"), prepend=os.pathsep)
     model, policy, given = engines.make(tmp_path, family, method, num_gpu_blocks_override=40, **options)
     with engines.started(tmp_path / "model", **given) as llm:
         asked = engines.prompts((1, 17, 64, 130, 90, 100))

@@ -116,6 +116,19 @@ def test_freeing_twice_frees_once() -> None:
     assert it.ledger["a"].birth == 2
 
 
+def test_a_preempted_request_has_no_seat_while_its_blocks_wait() -> None:
+    """vLLM takes them from the manager, and gives them back itself, where they are to be free a step later."""
+    it = manager(seats=1)
+    grow(it, "a", 60)
+    blocks = it.pop_blocks_for_free("a")
+    assert len(blocks) == 4
+    assert it.block_pool.get_num_free_blocks() == BLOCKS - 1 - 4
+    assert "a" not in it.ledger
+    assert len(grow(it, "a", 20)) == 2, "it begins again"
+    assert it.ledger["a"].birth == 2
+    it.block_pool.free_blocks(blocks)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     tokens=st.integers(1, 5000),

@@ -26,6 +26,11 @@ WINDOW = {"policy": "window", **engines.WINDOW}
             "kv_connector is 'ExampleConnector'.*token positions",
             id="another-connector",
         ),
+        pytest.param(
+            {"kv_transfer_config": {"kv_connector": engines.CONNECTOR, "kv_role": "kv_both"}},
+            "kv_role is 'kv_both'.*kv_producer",
+            id="another-role",
+        ),
         pytest.param({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8.*--kv-cache-dtype", id="fp8"),
         pytest.param({"block_size": 128}, "block_size=128.*--block-size 16", id="block-size"),
         pytest.param(

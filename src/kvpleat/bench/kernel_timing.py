@@ -68,6 +68,7 @@ class Machine:
         bandwidth: bytes per second that a large copy reads and writes; 0 on a CPU.
         case: the one whose name begins so; empty: all.
         once: launch only, a few times and outside graphs, for profilers and the like; no time comes of it.
+        small: check at the sizes of the interpreter, and time nothing.
     """
 
     device: torch.device
@@ -75,6 +76,12 @@ class Machine:
     bandwidth: float = 0.0
     case: str = ""
     once: bool = False
+    small: bool = False
+
+    @property
+    def large(self) -> bool:
+        """Whether checks are of the sizes that models have."""
+        return self.device.type == "cuda" and not self.small
 
     def wants(self, name: str) -> bool:
         """Whether a case of this name is to be timed."""
@@ -127,10 +134,10 @@ class Cases(NamedTuple):
     sweep: Callable[[Machine], Iterator[str]] | None = None
 
 
-def machine(device: torch.device, quick: bool, case: str = "", once: bool = False) -> Machine:
+def machine(device: torch.device, quick: bool, case: str = "", once: bool = False, small: bool = False) -> Machine:
     """The machine as it is now: a GPU's copy bandwidth is measured, unless nothing is timed."""
-    found = Machine(device, quick, case=case, once=once)
-    if device.type != "cuda" or once:
+    found = Machine(device, quick, case=case, once=once, small=small)
+    if small or once or device.type != "cuda":
         return found
     source = torch.ones(COPIED // 8, device=device)
     target = torch.empty_like(source)

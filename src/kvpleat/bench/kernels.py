@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     start, failed = time.perf_counter(), False
     if args.once and device.type != "cuda":
         _parser().error("--once: it launches what is timed, and that needs a GPU.")
-    here = machine(device, args.quick, args.case, args.once)
+    here = machine(device, args.quick, args.case, args.once, args.small)
     about: dict[str, Any] = environment(device) | {"copy_bandwidth": here.bandwidth}
     print(" ".join(f"{key}={value:.3e}" if isinstance(value, float) else f"{value}" for key, value in about.items()))
     results: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         times: list[Timed] = []
         if wrong:
             print(f"{cases.name}: {len(wrong)} of {len(checks)} checks failed, so no times")
-        elif device.type == "cuda":
+        elif device.type == "cuda" and not args.small:
             if args.sweep and cases.sweep is not None:
                 for line in cases.sweep(here):
                     print(line, flush=True)
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="NAME", help="one kernel module")
     parser.add_argument("--case", metavar="NAME", default="", help="of what is timed, only what begins so")
     parser.add_argument("--once", action="store_true", help="launch it three times, untimed, for a profiler")
+    parser.add_argument("--small", action="store_true", help="check at small sizes alone, for compute-sanitizer")
     parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
     parser.add_argument("--sweep", action="store_true", help="try block sizes, warps, stages and programs instead")
     return parser

@@ -153,17 +153,17 @@ class Both:
 
 def check(here: Machine) -> Iterator[Checked]:
     """Ragged chunks of rows in turn with steps, in poisoned pages."""
-    on_gpu = here.device.type == "cuda"
+    large = here.large
     for case in CHECKED[:4] if here.quick else CHECKED:
         small, delay = case, case.delay
-        if not on_gpu:
+        if not large:
             if delay is not None:
                 delay = Delay(min(delay.tokens, 3), *list(vars(delay).values())[1:])
             small = case._replace(channels=case.channels // 16, pairs=case.pairs // 16, delay=delay)
-        both = Both(small, *((3, 5, 2048) if on_gpu else (1, 2, 64)), here.device)
+        both = Both(small, *((3, 5, 2048) if large else (1, 2, 64)), here.device)
         window = "" if delay is None else f" W {delay.tokens}"
         name = f"{case.name},{window} D {small.channels} S {case.page_size} {str(case.dtype)[6:]}"
-        yield Checked(name, both.error(TURNS if on_gpu else FEW_TURNS), ALLOWED[case.dtype])
+        yield Checked(name, both.error(TURNS if large else FEW_TURNS), ALLOWED[case.dtype])
 
 
 class Steady:

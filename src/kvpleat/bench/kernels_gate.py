@@ -35,9 +35,9 @@ def _by_triton(hidden: Tensor, weight: Tensor, bias: Tensor, scale: float, outpu
 
 def check(here: Machine) -> Iterator[Checked]:
     """Against sums in float64 and against torch; a token alone and among others; a graph; torch.compile."""
-    on_gpu = here.device.type == "cuda"
-    shapes = [*SHAPES.values(), (576, 3, 1), (90, 5, 2), (5120, 48, 2)] if on_gpu else [(24, 3, 1), (10, 2, 2)]
-    tokens = 2048 if on_gpu else 9
+    large = here.large
+    shapes = [*SHAPES.values(), (576, 3, 1), (90, 5, 2), (5120, 48, 2)] if large else [(24, 3, 1), (10, 2, 2)]
+    tokens = 2048 if large else 9
     for shape, dtype in itertools.product(shapes, (torch.bfloat16, torch.float16, torch.float32)):
         problem = _problem(tokens, shape, here.device, dtype)
         hidden, weight, bias, scale, outputs = problem
@@ -49,7 +49,7 @@ def check(here: Machine) -> Iterator[Checked]:
         clear = torchs.abs() > ALLOWED  # nearer to 0 rounding decides
         yield Checked(f"{name}: decisions that are not torch's", float(((found > 0) != (torchs > 0))[clear].sum()), 0.0)
         yield Checked(f"{name}: a token alone, among 64, all: other bits", _other_bits(problem, found), 0.0)
-    if on_gpu:
+    if large:
         yield _captured(here.device)
 
 

@@ -48,12 +48,12 @@ def _alike(filters: tuple[Tensor, ...], top_k: int, top_p: float) -> tuple[Tenso
 
 def check(here: Machine) -> Iterator[Checked]:
     """The largest, what stays, and who wins, against the specification on a CPU."""
-    on_gpu = here.device.type == "cuda"
-    rows, size = (40, VOCABULARY) if on_gpu else (5, 90)
+    large = here.large
+    rows, size = (40, VOCABULARY) if large else (5, 90)
     plain = [(dtype, "") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     cases = [*plain, (torch.float32, "equals"), (torch.float32, "flat")]
     cases += [(torch.bfloat16, kind) for kind in ("forbidden", "peaked", *SPREAD)]
-    for dtype, kind in cases if on_gpu else cases[:1]:
+    for dtype, kind in cases if large else cases[:1]:
         given, filters = _problem(rows, size, dtype, CPU, kind), _filters(rows, size, CPU)
         on_device = [x.to(here.device) for x in (*given, *filters)]
         wanted = sampling.least_score(*given, *filters)

@@ -64,14 +64,14 @@ class InOrder:
 
 def check(here: Machine) -> Iterator[Checked]:
     """Steps, in a graph on a GPU, and attention."""
-    on_gpu = here.device.type == "cuda"
+    large = here.large
     for case in CHECKED[1:2] if here.quick else CHECKED[:3]:
         small = case
-        if not on_gpu:
+        if not large:
             delay = Delay(min(case.delay.tokens, 2), *list(vars(case.delay).values())[1:])
             small = case._replace(channels=8, pairs=4, delay=delay)
-        both = Seated(small, *((13, 3, 5) if on_gpu else (2, 1, 2)), small.delay.tokens + 40, here.device)
-        for _ in range(small.delay.tokens + (40 if on_gpu else 4)):
+        both = Seated(small, *((13, 3, 5) if large else (2, 1, 2)), small.delay.tokens + 40, here.device)
+        for _ in range(small.delay.tokens + (40 if large else 4)):
             both.step()
         yield Checked(f"steps of {case.name} in any order", both.error(), UPDATED[case.dtype])
     yield _attention(here)
@@ -79,10 +79,10 @@ def check(here: Machine) -> Iterator[Checked]:
 
 def _attention(here: Machine) -> Checked:
     """A graph of plan and attention, replayed with other seats than it was captured with."""
-    on_gpu = here.device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = Model(9, 3, 4, 128 if on_gpu else 16, 16, dtype)
-    pool = Pool(model, uneven(9, 2, 3, 500 if on_gpu else 40, here.device), poison=True)
+    large = here.large
+    dtype = torch.bfloat16 if large else torch.float32
+    model = Model(9, 3, 4, 128 if large else 16, 16, dtype)
+    pool = Pool(model, uneven(9, 2, 3, 500 if large else 40, here.device), poison=True)
     count = 12  # more than the pool has
     q = torch.randn(count, *pool.q.shape[1:], device=here.device).to(dtype)
     seats = torch.zeros(count, dtype=torch.int32, device=here.device)
@@ -96,7 +96,7 @@ def _attention(here: Machine) -> Checked:
         ]
 
     out, errors = attend(), []
-    graph = torch.cuda.CUDAGraph() if on_gpu else None
+    graph = torch.cuda.CUDAGraph() if large else None
     if graph is not None:
         with torch.cuda.graph(graph):
             out = attend()

@@ -126,33 +126,33 @@ def _difference(mine: DevicePool, wanted: DevicePool) -> float:
 
 def check(here: Machine) -> Iterator[Checked]:
     """Ragged rows in poisoned pages; entries that leave at moments; a pool that is too small."""
-    on_gpu = here.device.type == "cuda"
+    large = here.large
     for case in CHECKED[:3] if here.quick else CHECKED:
         small = case
-        if not on_gpu:
+        if not large:
             delay = Delay(min(case.delay.tokens, 3), *list(vars(case.delay).values())[1:])
             small = case._replace(channels=case.channels // 16, pairs=case.pairs // 16, delay=delay)
-        tokens = small.delay.tokens + (40 if on_gpu else 6)
-        both = Both(small, *((13, 3, 5) if on_gpu else (2, 1, 2)), tokens, here.device)
+        tokens = small.delay.tokens + (40 if large else 6)
+        both = Both(small, *((13, 3, 5) if large else (2, 1, 2)), tokens, here.device)
         for _ in range(tokens):
             both.step()
         name = f"{case.name}, W {small.delay.tokens} D {small.channels} S {case.page_size} {str(case.dtype)[6:]}"
         yield Checked(name + " logits" * case.logits, both.error(), ALLOWED[case.dtype])
-    if here.quick and not on_gpu:
+    if here.quick and not large:
         return
-    yield Checked("moments: appended, evicted, given back, released", _moments(here.device, on_gpu), 0.0)
+    yield Checked("moments: appended, evicted, given back, released", _moments(here.device, large), 0.0)
     yield Checked("out of pages: nothing is lost", _out_of_pages(here.device), 0.0)
     for name, delay in {"dms": DMS, "fold": FOLD, "dmc": DMC}.items():
         yield Checked(f"forks of {name}: pages shared, copied, left", _forks(name, delay, here.device), 6e-2)
 
 
-def _moments(device: torch.device, on_gpu: bool) -> float:
-    rows, heads, channels = (37, 8, 128) if on_gpu else (2, 2, 8)
+def _moments(device: torch.device, large: bool) -> float:
+    rows, heads, channels = (37, 8, 128) if large else (2, 2, 8)
     shape = KVShape(2, heads, heads, channels, torch.float32, 16, ("position", "log_weight", "score"))
     random = torch.Generator().manual_seed(rows)
     pools = [new_pool(shape, None, rows, 2 * rows * heads * 8, 128, on) for on in (device, CPU)]
     errors = []
-    for position in range(100 if on_gpu else 34):
+    for position in range(100 if large else 34):
         positions, active = torch.full((rows,), position, dtype=torch.int32), torch.rand(rows, generator=random) < 0.9
         new = [torch.randn(rows, heads, channels, generator=random) for _ in range(2)]
         keep = torch.rand(rows, heads, 128, generator=random) < 0.7

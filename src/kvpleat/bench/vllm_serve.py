@@ -25,7 +25,7 @@ import torch
 from kvpleat.bench.engine_models import profile
 from kvpleat.bench.vllm_server import RATIO, Server, metrics, watched
 from kvpleat.policies import GateConfig, Gates
-from kvpleat.vllm.settings import CONNECTOR, KEY, PREFIX
+from kvpleat.vllm.settings import CONNECTOR, KEY, PREFIX, ROLE
 
 DUMMY = 1e-3  # vLLM draws dummy weights from -DUMMY to DUMMY
 WORDS = 30_000  # of the tokenizer: each a number, so that text and tokens are the same thing
@@ -107,7 +107,7 @@ def command(arm: str, model: Path, shape: str, port: int, length: int, extra: li
         name = f"{PREFIX}{SHAPES[shape]['architectures'][0]}"
         override = {"architectures": [name], KEY: {"policy": "dms", "gates": str(model / "gates")}}
         made += ["--hf-overrides", json.dumps(override)]
-        made += ["--kv-transfer-config", json.dumps({"kv_connector": CONNECTOR, "kv_role": "kv_both"})]
+        made += ["--kv-transfer-config", json.dumps({"kv_connector": CONNECTOR, "kv_role": ROLE})]
     return made + extra
 
 
@@ -204,12 +204,14 @@ def _run(server: Server, model: Path, given: argparse.Namespace, start: float) -
             except TimeoutError:
                 record["cut"] = True
         after, preempted = metrics(given.port), "vllm:num_preemptions_total"
+        # vLLM's benchmark takes an answer that broke off, as when a server dies, for one that was short.
+        record["missing_tokens"] = answer * clients - record.get("total_output_tokens", 0)
         record |= fullest | {"preempted": after.get(preempted, 0) - before.get(preempted, 0)}
         records.append(record)
         print(line(record), flush=True)
         if given.json is not None:
             given.json.write_text(json.dumps(records, indent=1))
-        if record.get("cut") or record["failed"]:
+        if record.get("cut") or record["failed"] or record["missing_tokens"]:
             print(server.log.read_text(errors="replace")[-2000:])
             return 1
     return 0
@@ -226,6 +228,7 @@ def line(record: dict[str, Any]) -> str:
         f"p99 {record['p99_tpot_ms']:6.2f} ms, {record['duration']:6.1f} s, {record['preempted']:.0f} preempted"
         + (f", ratio {record[RATIO]:.2f}" if RATIO in record else "")
         + (f", {record['failed']} FAILED" if record["failed"] else "")
+        + (f", {record['missing_tokens']} tokens of answers MISSING" if record.get("missing_tokens") else "")
     )
 
 

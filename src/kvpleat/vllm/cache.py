@@ -111,10 +111,10 @@ class PleatedManager(FullAttentionManager):
         self.ledger.held(request_id, len(held))
         return list(new) if begins else []
 
-    def free(self, request_id: str) -> None:
-        """The request is finished or preempted."""
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request is finished or preempted; all ways to free its blocks lead here."""
         self.ledger.end(request_id)
-        super().free(request_id)
+        return list(super().pop_blocks_for_free(request_id))
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is shared between requests."""

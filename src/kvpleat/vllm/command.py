@@ -26,6 +26,7 @@ from kvpleat.vllm.settings import (
     ONE_DEVICE,
     PLACES,
     PREFIX,
+    ROLE,
     SLEEP,
     TAKEN_BACK,
     WEIGHTS,
@@ -140,11 +141,12 @@ class Flags:
             if value not in allowed:
                 raise UnsupportedError(f"{name} {value}: {why}. Pass {' or '.join(allowed)}.")
         if TRANSFER in self.values:
-            connector = _object(TRANSFER, self.values[TRANSFER]).get("kv_connector")
-            if connector != CONNECTOR:
+            said = _object(TRANSFER, self.values[TRANSFER])
+            connector, role = said.get("kv_connector"), said.get("kv_role")
+            if (connector, role) != (CONNECTOR, ROLE):
                 raise UnsupportedError(
-                    f"{TRANSFER} with kv_connector {connector!r}: kvpleat's own connector is how workers say what "
-                    f"requests hold, and vLLM takes one. Leave it out, or name {CONNECTOR}."
+                    f"{TRANSFER} with kv_connector {connector!r} and kv_role {role!r}: kvpleat's own connector is how "
+                    f"workers say what requests hold, and vLLM takes one. Leave it out, or name {CONNECTOR} and {ROLE}."
                 )
         for name in (KEY, "architectures"):
             if name in self.overrides:
@@ -207,7 +209,7 @@ def build(model: str, config: Any, options: dict[str, Any], words: list[str]) ->
     return [
         model,
         *(OVERRIDES, json.dumps(overrides)),
-        *(TRANSFER, json.dumps({"kv_connector": CONNECTOR, "kv_role": "kv_both"})),
+        *(TRANSFER, json.dumps({"kv_connector": CONNECTOR, "kv_role": ROLE})),
         *("--block-size", str(PAGE_SIZES[0])),
         "--no-enable-prefix-caching",
         *flags.words,

@@ -2,7 +2,7 @@
 
     vllm serve MODEL --hf-overrides '{"architectures": ["KvpleatLlamaForCausalLM"],
                                       "kvpleat": {"policy": "dms", "ratio": 4}}'
-                     --kv-transfer-config '{"kv_connector": "KvpleatConnector", "kv_role": "kv_both"}'
+                     --kv-transfer-config '{"kv_connector": "KvpleatConnector", "kv_role": "kv_producer"}'
 
 `kvpleat serve MODEL --policy dms --ratio 4` makes that command.
 """
@@ -17,6 +17,9 @@ from kvpleat.types import PAGE_SIZES, Delay
 
 KEY = "kvpleat"  # of the model's config
 CONNECTOR = "KvpleatConnector"
+# Of the connector. vLLM takes any other role for one that loads entries from elsewhere, and then, where steps overlap,
+# gives blocks of preempted requests back a step late: it would preempt one request after the other to no avail.
+ROLE = "kv_producer"
 PREFIX = "Kvpleat"  # of names of model classes
 # vLLM's own name of a model class -> transformers' model_type
 ARCHITECTURES = {
@@ -149,11 +152,16 @@ def check(vllm_config: Any) -> None:
         OptionError, UnsupportedError: naming the setting and what to pass instead.
     """
     connector = vllm_config.kv_transfer_config
+    right = f'--kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_role": "{ROLE}"}}\''
     if connector is None or connector.kv_connector != CONNECTOR:
         raise OptionError(
             f"kv_connector is {connector and connector.kv_connector!r}: workers could not tell the scheduler how much "
-            f'memory requests need. Pass --kv-transfer-config \'{{"kv_connector": "{CONNECTOR}", "kv_role": '
-            f'"kv_both"}}\' instead. Of another connector: {PLACES}.'
+            f"memory requests need. Pass {right} instead. Of another connector: {PLACES}."
+        )
+    if connector.kv_role != ROLE:
+        raise OptionError(
+            f"kv_role is {connector.kv_role!r}: vLLM would take kvpleat for something that loads entries, and preempt "
+            f"all requests where one is enough. Pass {right}."
         )
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     guesses = vllm_config.speculative_config
