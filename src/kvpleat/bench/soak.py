@@ -168,7 +168,8 @@ def run(args: argparse.Namespace) -> list[Outcome]:
             if found.growth > GROWTH:
                 found.wrong.append("memory grew")
             outcomes.append(found)
-            print(f"{name}: {dict(sorted(found.counts.items()))}", file=sys.stderr, flush=True)
+            verdict = "ok" if not found.wrong else f"WRONG: {found.wrong}"
+            print(f"{name}: {verdict} {dict(sorted(found.counts.items()))}", file=sys.stderr, flush=True)
     return outcomes
 
 
