@@ -14,7 +14,7 @@ import lzma
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,6 @@ from kvpleat.policies.encoder import EncoderMerge
 from kvpleat.policies.lora import LoraWeights
 
 TOKEN_WEIGHT = 0.1  # of the single tokens' states beside the text's mean
-QUESTION = (8, 32)  # tokens of the pieces that texts are looked for with, from the first number to below the second
-SHARP = 0.05  # cosines are divided by it before they become shares of texts
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,9 @@ class Recipe:
         ratios: of EncoderMerge, one drawn for each batch.
         rank: of the LoRA. rate: largest learning rate, reached after a twentieth of the steps and zero at the end.
         steps: batches. seconds: where above 0, how long to learn in place of `steps`; the rate then follows the clock.
-        batch: texts of one. near: how many of them, at most, come from about the same place of the stream, so that
-            they are hard to tell apart.
+        batch: texts of one.
         shortest, longest: tokens of a text; each batch has texts of one length. Some are too short to merge at all, so
             that the LoRA leaves those as they are.
-        asks: weight of questions, a short piece of each text: of the order in which they find the texts (KL divergence
-            to the teacher's), and of their own vectors. Above 0 each step takes two forwards of the student.
         whole_keys: 1 or 0, as EncoderMerge's.
         bf16: 1 or 0, matrix products in bfloat16.
         seed: of everything drawn.
@@ -59,10 +54,8 @@ class Recipe:
     steps: int = 4000
     seconds: float = 0.0
     batch: int = 64
-    near: int = 1
     shortest: int = 10
     longest: int = 400
-    asks: float = 0.0
     whole_keys: int = 1
     bf16: int = 0
     seed: int = 0
@@ -142,15 +135,15 @@ def distill(
     while (done := _done(recipe, step, time.perf_counter() - begun)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * min(1.0, 20 * (done + 1 / recipe.steps), 1.02 * (1 - done))
-        parts = [part.to(device) for part in _texts(stream, frame, recipe, draw)]
+        texts = _texts(stream, frame, recipe, draw).to(device)
         ratio = recipe.ratios[int(torch.randint(len(recipe.ratios), (), generator=draw))]
         policy = EncoderMerge(ratio=ratio, whole_keys=bool(recipe.whole_keys))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(recipe.bf16)):
             with torch.no_grad():
-                want = [teacher(input_ids=part).last_hidden_state.float() for part in parts]
+                want = teacher(input_ids=texts).last_hidden_state.float()
             with MergedEncoder(base, policy):
-                got = [base(input_ids=part).last_hidden_state.float() for part in parts]
-        loss, cosine = _loss(got, want, recipe.asks)
+                got = base(input_ids=texts).last_hidden_state.float()
+        loss, cosine = _loss(got, want)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(change.parameters(), 1.0)
@@ -170,48 +163,22 @@ def _done(recipe: Recipe, step: int, seconds: float) -> float:
     return seconds / recipe.seconds if recipe.seconds > 0 else step / recipe.steps
 
 
-def _loss(got: Sequence[Tensor], want: Sequence[Tensor], asks: float) -> tuple[Tensor, Tensor]:
-    """The loss of a batch of texts [B, T, C], and perhaps of questions [B, Q, C] behind them, and the mean cosine of
-    its texts."""
-    text, *questions = (F.normalize(states.mean(1), dim=-1) for states in got)
-    aim, *asked = (F.normalize(states.mean(1), dim=-1) for states in want)
+def _loss(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a batch of texts [B, T, C], and the mean cosine of them."""
+    text, aim = (F.normalize(states.mean(1), dim=-1) for states in (got, want))
     cosine = (text * aim).sum(-1).mean()
     among = (text @ aim.T - aim @ aim.T).square().mean()
-    tokens = F.cosine_similarity(got[0], want[0], dim=-1).mean()
-    loss = 1 - cosine + among + TOKEN_WEIGHT * (1 - tokens)
-    for question, meant in zip(questions, asked, strict=True):
-        loss = loss + asks * (_order(question @ text.T, meant @ aim.T) + 1 - (question * meant).sum(-1).mean())
-    return loss, cosine.detach()
+    tokens = F.cosine_similarity(got, want, dim=-1).mean()
+    return 1 - cosine + among + TOKEN_WEIGHT * (1 - tokens), cosine.detach()
 
 
-def _order(found: Tensor, wanted: Tensor) -> Tensor:
-    """KL divergence of what questions find among texts to what they should, from cosines [Q, B]."""
-    got, aim = ((cosines / SHARP).log_softmax(-1) for cosines in (found, wanted))
-    return F.kl_div(got, aim, log_target=True, reduction="batchmean")
-
-
-def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.Generator) -> list[Tensor]:
-    """[batch, T] ids of pieces of the stream in their frame, T drawn evenly on a square-root scale; and, where asked,
-    [batch, Q] of a short piece of each, all of it where a text is as short."""
+def _texts(stream: Tensor, frame: tuple[int, int], recipe: Recipe, draw: torch.Generator) -> Tensor:
+    """[batch, T] ids of pieces of the stream in their frame, T drawn evenly on a square-root scale."""
     low, high = math.sqrt(recipe.shortest), math.sqrt(recipe.longest)
     inside = int((low + (high - low) * float(torch.rand((), generator=draw))) ** 2) - 2
-    starts = len(stream) - inside
-    around = torch.randint(starts, (-(-recipe.batch // recipe.near), 1), generator=draw)
-    about = (
-        torch.randint(2 * recipe.near * inside, (len(around), recipe.near), generator=draw) if recipe.near > 1 else 0
-    )
-    start = ((around + about) % starts).view(-1, 1)[: recipe.batch]
-    if recipe.asks <= 0:
-        return [_framed(stream, frame, start, inside)]
-    asked = min(int(torch.randint(*QUESTION, (), generator=draw)), inside)
-    offset = torch.randint(inside - asked + 1, (recipe.batch, 1), generator=draw)
-    return [_framed(stream, frame, start, inside), _framed(stream, frame, start + offset, asked)]
-
-
-def _framed(stream: Tensor, frame: tuple[int, int], start: Tensor, length: int) -> Tensor:
-    """[B, length + 2] ids: the piece of the stream from each start [B, 1] on, between the special tokens."""
+    start = torch.randint(len(stream) - inside, (recipe.batch, 1), generator=draw)
     before, after = (torch.full_like(start, token) for token in frame)
-    return torch.cat((before, stream[start + torch.arange(length)], after), dim=1)
+    return torch.cat((before, stream[start + torch.arange(inside)], after), dim=1)
 
 
 def read_texts(path: Path, most: int) -> list[str]:
