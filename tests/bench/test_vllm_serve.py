@@ -181,6 +181,8 @@ def test_lines_of_the_table() -> None:
     failing = figures | {"failed": 2, "kvpleat_compression_ratio": 3.979}
     assert vllm_serve.line(record | failing).endswith("3 preempted, ratio 3.98, 2 FAILED")
     assert vllm_serve.line(record | {"cut": True}).endswith("8 at once: out of time")
+    short = figures | {"missing_tokens": 71}
+    assert vllm_serve.line(record | short).endswith("3 preempted, 71 tokens of answers MISSING")
 
 
 def test_metrics_are_of_the_moment_with_most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

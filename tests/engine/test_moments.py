@@ -71,7 +71,7 @@ def test_observed(seed: int) -> None:
     """Chunks of several rows and single tokens, some of which are taken back: the queries that the one-model cache
     remembers when it is fed all at once."""
     chance, made = random.Random(seed), torch.Generator().manual_seed(seed)
-    prompts, answer, window = (30, 2500), 20, 4
+    prompts, answer, window = (30, 2500), 40, 4
     calendar = Calendar(AttentionScore(ratio=4.0, interval=8, observation_window=window, question_window=4), SHAPE)
     observed = Observed(SHAPE, 2, window, calendar, torch.device("cpu"))
     rows = [row_of(prompt) for prompt in prompts]

@@ -189,6 +189,24 @@ def test_bad_options(options: dict[str, float], words: str) -> None:
         policies.AttentionScore(**options)
 
 
+@settings(max_examples=50, deadline=None)
+@given(interval=st.integers(1, 40), start=st.integers(0, 9000), size=st.integers(1, 3000), cut=st.floats(0, 1))
+def test_moments_of_an_answer(interval: int, start: int, size: int, cut: float) -> None:
+    """The same ones wherever one begins to look; `interval` apart, or a 64th to a 128th of a long text."""
+    policy, decode = policies.AttentionScore(ratio=4.0, interval=interval), Phase.DECODE
+    shape = KVShape(2, HEADS, HEADS * GROUP, DIM, torch.float32)
+    found, middle = policy.moments(start, start + size, decode, start, shape), start + int(cut * size)
+    parts = (start, middle), (middle, start + size)
+    assert [x for first, stop in parts for x in policy.moments(first, stop, decode, start, shape)] == found
+    everything = policy.moments(0, start + size, decode, 0, shape)
+    assert found == [x for x in everything if x > start]
+    for before, after in zip([0, *everything], everything, strict=False):
+        apart = after - before
+        assert apart == interval or before / 128 < apart <= before / 64
+        assert apart % interval == 0
+        assert after % apart == 0
+
+
 def test_moments() -> None:
     """Token indices alone decide, and cutting a range in two gives the same moments."""
     shape = KVShape(4, 2, 6, 16, torch.float32, fields=policies.AttentionScore.fields)

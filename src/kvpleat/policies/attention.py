@@ -19,6 +19,7 @@ from kvpleat.types import Decision, KVShape, Phase, PolicyInput
 LAYER_CAP = 3.0  # a layer may bring this many times an equal share into the competition between layers
 OVERSHOOT = 1.25  # layers may hold this much of the budget before they compete in the middle of a prefill
 SMALLEST = 128  # entries per stream below which a prompt is not compressed before its end
+APART = 64  # moments while decoding are about this share of the text apart, or `interval` where that is more
 PREFILL_STEP = 64  # interim moments of a prompt are multiples of this
 RECENT_COVERAGE = 64  # recent window (entries) under the coverage contract, which knows no budget
 
@@ -33,8 +34,9 @@ class AttentionScore(Policy):
     - Selective. Sinks, a recent window and the entries of highest importance stay exact; the next ones fold 2, 4 and 8
       to 1; the rest leaves.
     - Adaptive. Streams compete for pages by importance, over the heads of a layer and over all layers, above a floor.
-    - When. At the end of a prompt; while decoding whenever the token index is a multiple of `interval`; and, with a
-      finite `slack`, inside a prompt whenever its streams exceed `slack` times their budget, at multiples of 64 tokens.
+    - When. At the end of a prompt; while decoding whenever the token index is a multiple of `interval`, in texts of 128
+      times that of twice as many, and so on, because a moment looks at all entries; and, with a finite `slack`, inside
+      a prompt whenever its streams exceed `slack` times their budget, at multiples of 64 tokens.
 
     Args:
         ratio: compression ratio: allocated bytes, the remembered queries included, stay at or below full / ratio after
@@ -49,7 +51,8 @@ class AttentionScore(Policy):
         half_life: tokens after which a carried score counts half.
         floor: share of an equal part of the budget that every stream gets.
         fold: share of the unprotected entries of a stream that are folded ones.
-        interval: tokens between two moments while decoding; also how far a stream may grow in between.
+        interval: tokens between two moments while decoding, in texts of up to 128 times as many; later a 64th to a
+            128th of the text. Also how far a stream may grow in between.
         slack: growth of a prompt's streams over their budget that triggers compression inside the prompt; inf: never.
     """
 
@@ -116,7 +119,10 @@ class AttentionScore(Policy):
 
     def moments(self, start: int, stop: int, phase: Phase, last: int, shape: KVShape) -> list[int]:
         if phase is Phase.DECODE:
-            return list(range(next_multiple(start, self.interval), stop + 1, self.interval))
+            moments = []
+            while (start := self._next_decoding(start)) <= stop:
+                moments.append(start)
+            return moments
         moments = []
         while math.isfinite(self.slack) and self.ratio is not None:
             last = self._next_in_prompt(last, stop, shape)
@@ -125,6 +131,14 @@ class AttentionScore(Policy):
             if last > start:
                 moments.append(last)
         return moments
+
+    def _next_decoding(self, position: int) -> int:
+        """The first moment after `position` in an answer. One step divides the next, and where it doubles there is a
+        moment of both, so moments do not depend on where one begins to look."""
+        step = self.interval
+        while position >= 2 * APART * step:
+            step *= 2
+        return next_multiple(position, step)
 
     def _next_in_prompt(self, last: int, stop: int, shape: KVShape) -> int:
         """The first moment after `last` at which a prompt exceeds slack times its budget; past `stop` if there is
@@ -199,7 +213,7 @@ class AttentionScore(Policy):
 
     def _reserve(self, position: int) -> int:
         """Tokens until the next moment while decoding."""
-        return next_multiple(position, self.interval) - position
+        return self._next_decoding(position) - position
 
     def _recent(self, position: int, shape: KVShape) -> int:
         """Entries of the recent window."""
