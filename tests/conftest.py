@@ -10,6 +10,8 @@ from pathlib import Path
 _HF_HOME = tempfile.TemporaryDirectory(prefix="kvpleat-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _HF_HOME.name
+if "KVPLEAT_TEST_GPU" not in os.environ:  # most tests hand tensors of a CPU to kernels, which are then interpreted
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that tests can import `tests.models` and `tests.reference`
 
 import pytest  # noqa: E402
