@@ -101,7 +101,7 @@ def test_the_entry_point_is_declared_and_the_range_of_versions_with_it() -> None
 def config(**changes: Any) -> SimpleNamespace:
     """vLLM's, as far as `check` reads it, with changes by dotted name."""
     made = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_connector=settings.CONNECTOR),
+        kv_transfer_config=SimpleNamespace(kv_connector=settings.CONNECTOR, kv_role=settings.ROLE),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         cache_config=SimpleNamespace(
             cache_dtype="auto", block_size=16, kv_offloading_size=None, enable_prefix_caching=False
@@ -134,6 +134,7 @@ def test_settings_that_work() -> None:
     ("changes", "message"),
     [
         ({"kv_transfer_config": None}, "kv_connector is None.*--kv-transfer-config.*KvpleatConnector"),
+        ({"kv_transfer_config__kv_role": "kv_both"}, "kv_role is 'kv_both'.*kv_producer"),
         ({"kv_transfer_config__kv_connector": "NixlConnector"}, "'NixlConnector'.*KvpleatConnector.*token positions"),
         (
             {"speculative_config": SimpleNamespace(method="ngram")},
