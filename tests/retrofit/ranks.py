@@ -42,9 +42,9 @@ def run_of(way: str, rank: int = 0, world_size: int = 1) -> Run:
     model = models.tiny(FAMILIES[way], tie_word_embeddings=True)
     run = Run(model, recipe_of(way, world_size), Rows(ROWS // world_size, SIZES, rank, world_size))
     for group in run.optimizer.param_groups:
-        group["eps"] = (
-            1e-4  # Adam makes full steps of gradients that are rounding alone, such as those of DMC's weights
-        )
+        # Adam makes full steps of gradients that are rounding alone, such as those of DMC's weights. With 1e-4 one
+        # number was off by 1.4e-5, on some CPUs.
+        group["eps"] = 1e-3
     return run
 
 
