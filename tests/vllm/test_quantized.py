@@ -170,8 +170,8 @@ def common(a: Answer, b: Answer) -> int:
 @pytest.mark.parametrize(("name", "gap"), [("compressed-w8a8", 0.1), ("compressed-fp8", 0.2)])
 def test_a_window_that_evicts_nothing_says_what_dense_says(name: str, gap: float, tmp_path: Path) -> None:
     """Up to rounding: activations are rounded to 8 bits, so the last digits of float32 can become the eighth bit, of
-    which a floating point number spends four on its exponent. One such bit makes the largest difference, and CPUs differ
-    in where it falls; a wrong entry would show in the mean."""
+    which a floating point number spends four on its exponent. One such bit makes the largest difference, and CPUs
+    differ in where it falls; a wrong entry would show in the mean."""
     how = FORMATS[name]
     saved(tmp_path, how)
     dense, kept = said(tmp_path, how, None), said(tmp_path, how, {"policy": "window", "budget": 300})
@@ -180,7 +180,7 @@ def test_a_window_that_evicts_nothing_says_what_dense_says(name: str, gap: float
         abs(x - y) for a, b, n in zip(dense, kept, same, strict=True) for x, y in zip(a[1][:n], b[1][:n], strict=True)
     ]
     most, mean = max(gaps), sum(gaps) / len(gaps)
-    print(f"\n{name}: equal tokens of {TOKENS}: {same}; log probabilities until then within {most:.4f}, mean {mean:.4f}")
+    print(f"\n{name}: equal tokens of {TOKENS}: {same}; log probabilities until then {most:.4f}, mean {mean:.4f}")
     assert sum(same) >= 0.6 * TOKENS * len(SIZES)
     assert most < gap
     assert mean < gap / 20
