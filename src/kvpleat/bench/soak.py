@@ -52,6 +52,11 @@ class Outcome:
     kept: list[Sample] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
+    @property
+    def verdict(self) -> str:
+        """What was wrong first, or "ok"."""
+        return "; ".join(self.wrong[:3]) or "ok"
+
 
 def process_bytes(device: torch.device) -> int:
     """What the process holds: on a GPU, of the GPU."""
@@ -149,8 +154,7 @@ def table(outcomes: list[Outcome]) -> str:
     lines = [f"{'policy':10}" + "".join(f"{name.replace('ended: error', 'NaN'):>11}" for name in columns) + "  growth"]
     for found in outcomes:
         counts = "".join(f"{found.counts[name]:>11,}" for name in columns)
-        verdict = "ok" if not found.wrong else "; ".join(found.wrong[:3])
-        lines.append(f"{found.policy:10}{counts} {found.growth / 2**20:6.1f} MiB  {verdict}")
+        lines.append(f"{found.policy:10}{counts} {found.growth / 2**20:6.1f} MiB  {found.verdict}")
     return "\n".join(lines)
 
 
@@ -168,8 +172,7 @@ def run(args: argparse.Namespace) -> list[Outcome]:
             if found.growth > GROWTH:
                 found.wrong.append("memory grew")
             outcomes.append(found)
-            verdict = "ok" if not found.wrong else f"WRONG: {found.wrong}"
-            print(f"{name}: {verdict} {dict(sorted(found.counts.items()))}", file=sys.stderr, flush=True)
+            print(f"{name}: {found.verdict} {dict(sorted(found.counts.items()))}", file=sys.stderr, flush=True)
     return outcomes
 
 

@@ -18,7 +18,7 @@ from kvpleat.types import PAGE_SIZES, Delay
 KEY = "kvpleat"  # of the model's config
 CONNECTOR = "KvpleatConnector"
 # Of the connector. vLLM takes any other role for one that loads entries from elsewhere, and then, where steps overlap,
-# gives blocks of preempted requests back a step late: it would preempt one request after the other to no avail.
+# gives blocks of preempted requests back a step late: 0.26 to 0.29 then preempt one after the other to no avail.
 ROLE = "kv_producer"
 PREFIX = "Kvpleat"  # of names of model classes
 # vLLM's own name of a model class -> transformers' model_type
@@ -160,8 +160,8 @@ def check(vllm_config: Any) -> None:
         )
     if connector.kv_role != ROLE:
         raise OptionError(
-            f"kv_role is {connector.kv_role!r}: vLLM would take kvpleat for something that loads entries, and preempt "
-            f"all requests where one is enough. Pass {right}."
+            f"kv_role is {connector.kv_role!r}: vLLM would take kvpleat for something that loads entries, and give "
+            f"blocks of preempted requests back too late for those that wait. Pass {right}."
         )
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     guesses = vllm_config.speculative_config
